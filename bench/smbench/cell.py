@@ -1,0 +1,47 @@
+"""A cell: one fully resolved point of an experiment, and its identity. Owns no measured value."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, StrictInt, StrictStr
+
+AxisValue = StrictInt | StrictStr
+
+
+class Cell(BaseModel):
+    """What is computed: never where, how long it takes or how it is timed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["op"]
+    """What sort of worker runs it."""
+    subject: str
+    """The operation."""
+    provider: str
+    """The implementation."""
+    axes: Mapping[str, AxisValue]
+    seed: int
+    """Seed of the inputs."""
+
+    @property
+    def cell_id(self) -> str:
+        """First 16 hex digits of the SHA-256 of the cell's canonical JSON: equal cells compute the same thing."""
+        return hashlib.sha256(canonical_json(self.model_dump()).encode()).hexdigest()[:16]
+
+    @property
+    def point(self) -> tuple[str, tuple[tuple[str, AxisValue], ...]]:
+        """The operation and its axes without the provider: cells of one point are compared with each other."""
+        return self.subject, tuple(sorted(self.axes.items()))
+
+    def label(self) -> str:
+        """A line a person recognizes, e.g. `bgmv_shrink/torch batch=8 hidden_size=4096`."""
+        return f"{self.subject}/{self.provider} " + " ".join(f"{name}={value}" for name, value in self.axes.items())
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces; NaN and infinities raise ValueError."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

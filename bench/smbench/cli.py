@@ -1,0 +1,265 @@
+"""The `smbench` command. Thin: parses, calls the host modules, prints. Owns wording and exit codes.
+
+Host modules are imported inside the commands, so that `smbench --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from smbench.analysis import Analysis
+    from smbench.plan import Plan
+    from smbench.result import Result
+
+app = typer.Typer(
+    help="Repeat published LLM-inference measurements, trust the numbers, send them home.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeName = Annotated[str, typer.Argument(help="Recipe name, see `smbench list`.")]
+ProfileName = Annotated[
+    str | None, typer.Option("--profile", help="full, quick or cpu; the machine decides without it.")
+]
+Folder = Annotated[Path | None, typer.Option("--out", help="Run folder (default runs/<recipe>-<device>).")]
+Providers = Annotated[
+    list[str] | None, typer.Option("--provider", help="Only this implementation; may be given several times.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+FAILED = ("incorrect", "invalid", "crashed", "timeout", "oom")
+"""Statuses that make the exit code 1: measured, and failed."""
+
+
+@app.command("list")
+def list_recipes(as_json: AsJson = False) -> None:
+    """The recipes, their profiles and sizes."""
+    from smbench import recipe, resources
+
+    rows = []
+    for name in recipe.names(resources.recipes_dir()):
+        loaded = recipe.load(recipe.find(name, resources.recipes_dir()))
+        sizes = {profile: len(loaded.cells(profile)) for profile in loaded.profile}
+        rows.append({"name": name, "title": loaded.title, "document": loaded.document, "cells": sizes})
+    if as_json:
+        _print_json(rows)
+        return
+    _table(
+        ("recipe", "document", "profiles (cells)", "title"),
+        [
+            (row["name"], row["document"], ", ".join(f"{p} ({n})" for p, n in row["cells"].items()), row["title"])
+            for row in rows
+        ],
+    )
+
+
+@app.command()
+def plan(
+    recipe: RecipeName,
+    profile: ProfileName = None,
+    provider: Providers = None,
+    cells: Annotated[bool, typer.Option("--cells", help="List every cell.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What `run` would do here: cells, their stack, minutes, and what is unsupported and why."""
+    resolved = _resolve(recipe, profile, provider)
+    if as_json:
+        _print_json(_plan_json(resolved))
+        return
+    _print(f"recipe {resolved.recipe.name}, profile {resolved.profile_name}: {len(resolved.entries)} cells")
+    if cells:
+        _table(
+            ("cell", "what", "stack", "outcome"),
+            [
+                (entry.cell.cell_id, entry.cell.label(), entry.stack, _outcome(entry.unsupported, entry.untimed))
+                for entry in resolved.entries
+            ],
+        )
+    else:
+        groups: dict[tuple[str, str, str, str], int] = {}
+        for entry in resolved.entries:
+            outcome = _outcome(entry.unsupported, entry.untimed)
+            key = (entry.cell.subject, entry.cell.provider, entry.stack, outcome)
+            groups[key] = groups.get(key, 0) + 1
+        _table(
+            ("op", "provider", "stack", "cells", "outcome"),
+            [(op, name, stack, str(count), outcome) for (op, name, stack, outcome), count in groups.items()],
+        )
+    estimate = resolved.profile.estimate
+    _print(f"estimate: {resolved.estimate_s() / 60:.1f} minutes (basis: {estimate.source})")
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    profile: ProfileName = None,
+    out: Folder = None,
+    provider: Providers = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a recipe and write its report. The same command again goes on where it stopped."""
+    from smbench import runner, runfolder
+    from smbench.plan import default_folder
+    from smbench.progress import Progress
+
+    resolved = _resolve(recipe, profile, provider)
+    folder = out or default_folder(resolved, _device_name(), Path.cwd())
+    again = f"the same command goes on: smbench run {recipe} --out {_shown(folder)}"
+    signal.signal(signal.SIGTERM, _interrupt)
+    with runfolder.locked(folder):
+        done = runfolder.load(folder).results if (folder / "run.json").exists() else {}
+        with Progress(resolved, done) as progress:
+            try:
+                runner.run(resolved, folder, progress.advance, _warn)
+            except KeyboardInterrupt as stop:
+                _stopped(stop, again)
+            except OSError as error:
+                _fail(f"{error.strerror}: {_shown(folder)}; every result so far is intact; free space, then {again}", 1)
+            except runner.WorkerCannotStart as error:
+                _fail(f"{error}\nfix: see {_shown(folder)}/logs and `smbench doctor`; {again}", 1)
+        analysis = _report(folder)
+    counts = analysis.counts()
+    if as_json:
+        _print_json({"folder": str(folder), "counts": counts, "report": str(folder / "report.md")})
+    else:
+        _print(", ".join(f"{count} {status}" for status, count in counts.items()))
+        _print(f"report: {_shown(folder / 'report.md')}")
+    if any(counts.get(status) for status in FAILED):
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Render the report of a run folder again."""
+    analysis = _report(folder)
+    if as_json:
+        _print_json({"folder": str(folder), "counts": analysis.counts(), "report": str(folder / "report.md")})
+    else:
+        _print(f"report: {_shown(folder / 'report.md')}")
+
+
+@app.command()
+def doctor(out: Folder = None, as_json: AsJson = False) -> None:
+    """Is this machine fit for measuring: GPU, driver, clocks, other processes, disk, memory; each with a fix."""
+    from smbench import doctor as checks
+
+    found = checks.run_checks(out or Path.cwd())
+    if as_json:
+        _print_json([{"name": c.name, "verdict": c.verdict, "found": c.found, "fix": c.fix} for c in found])
+    else:
+        _table(("check", "verdict", "found", "fix"), [(c.name, c.verdict, c.found, c.fix or "") for c in found])
+    if any(check.verdict == "fail" for check in found):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: errors that a user can act on become one message and their exit code."""
+    from smbench.errors import CorruptError, UsageError
+
+    try:
+        app()
+    except (UsageError, CorruptError) as error:
+        _fail(str(error), error.exit_code)
+
+
+def _resolve(recipe_name: str, profile: str | None, providers: list[str] | None) -> Plan:
+    from smbench import plan as plans
+    from smbench import recipe, resources
+
+    path = recipe.find(recipe_name, resources.recipes_dir())
+    loaded = recipe.load(path)
+    return plans.make(loaded, path.read_bytes(), profile, _device_name() is not None, providers or ())
+
+
+def _report(folder: Path) -> Analysis:
+    from smbench import report as reports
+
+    return reports.render(folder)
+
+
+def _device_name() -> str | None:
+    """The product name of the GPU that a worker would use, None without one."""
+    from smbench.nvml import NvmlUnavailable, fixed_facts, open_gpu
+
+    try:
+        return str(fixed_facts(open_gpu()).get("name", "NVIDIA GPU"))
+    except NvmlUnavailable:
+        return None
+
+
+def _outcome(unsupported: str | None, untimed: str | None) -> str:
+    if unsupported:
+        return f"unsupported: {unsupported}"
+    return f"verified: {untimed}" if untimed else "timed"
+
+
+def _plan_json(plan: Plan) -> dict[str, Any]:
+    return {
+        "recipe": plan.recipe.name,
+        "profile": plan.profile_name,
+        "estimate_s": plan.estimate_s(),
+        "cells": [
+            {
+                "cell_id": entry.cell.cell_id,
+                **entry.cell.model_dump(),
+                "stack": entry.stack,
+                "unsupported": entry.unsupported,
+                "untimed": entry.untimed,
+            }
+            for entry in plan.entries
+        ],
+    }
+
+
+def _interrupt(signal_number: int, frame: object) -> NoReturn:
+    """A spot instance is told to leave by SIGTERM: stop like Ctrl-C, but that is no failure."""
+    raise KeyboardInterrupt("SIGTERM")
+
+
+def _stopped(stop: KeyboardInterrupt, again: str) -> NoReturn:
+    typer.echo(f"stopped; every finished cell is kept; {again}", err=True)
+    raise typer.Exit(0 if stop.args == ("SIGTERM",) else 130)
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _warn(message: str) -> None:
+    typer.echo(f"warning: {message}", err=True)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    sys.exit(code)
+
+
+def _print(text: str) -> None:
+    typer.echo(text)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1))
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    # a pipe has no width, and cutting a reason short there would lose it
+    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 200)
+    console.print(table)

@@ -1,0 +1,254 @@
+"""Recipes: strict TOML in, resolved experiment out. Owns the file format; does not run anything."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from smbench.cell import AxisValue, Cell
+from smbench.errors import CorruptError, UsageError
+
+FORMAT = 1
+"""Version of the recipe format. History: 1 = first."""
+
+
+class Table(BaseModel):
+    """Base of every table of a recipe: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ProviderRow(Table):
+    """`[providers.<name>]`: what the recipe says of one implementation."""
+
+    title: str
+    """How reports and legends call it."""
+    color: str
+    """Line colour of its plots, `#rrggbb`."""
+    requires: list[str] = []
+    """Python packages that must be importable where it runs."""
+    devices: list[Literal["cuda", "cpu"]] = ["cuda", "cpu"]
+    selection: Literal["default", "tuned", "library"]
+    """Where its launch parameters must come from; the selection guard holds it to that."""
+    interpreted: bool = False
+    """A Triton kernel: on a CPU the interpreter runs it, so it can be verified but not timed."""
+
+
+class MeasureRow(Table):
+    """`[[profile.<name>.measure]]`: one way of timing every cell."""
+
+    name: str
+    title: str
+    method: Literal["graph", "event", "wall"]
+    l2: Literal["cold", "warm", "none"]
+    calls: Annotated[int, Field(ge=1)]
+    """Calls in one graph or loop; with a cold L2 the most, since each call needs buffers of its own."""
+    replays: Annotated[int, Field(ge=1)] = 1
+    """Graph replays or loops that make one sample."""
+    warmup: Annotated[int, Field(ge=0)]
+    """Samples that come first and are kept but not counted."""
+    samples: Annotated[int, Field(ge=1)]
+    """Most samples to take."""
+    min_samples: Annotated[int, Field(ge=1)] = 1
+    window_s: Annotated[float, Field(gt=0)]
+    """Once `min_samples` are taken, no new sample starts after this much time."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.min_samples > self.samples:
+            raise ValueError(f"min_samples {self.min_samples} exceeds samples {self.samples}")
+        if (self.method == "wall") != (self.l2 == "none"):
+            raise ValueError(f"method {self.method!r} cannot have l2 {self.l2!r}: only wall-clock timing has l2 'none'")
+        return self
+
+
+class Estimate(Table):
+    """`[profile.<name>.estimate]`: what the plan's minutes are computed from."""
+
+    startup_s: float
+    """One worker: imports, device initialization, timer check."""
+    cell_s: float
+    """One cell, compilation included, on the machine that `source` names."""
+    source: str
+
+
+class Grid(Table):
+    """`[[profile.<name>.grid]]`: the product of axes for some operations."""
+
+    ops: Annotated[list[str], Field(min_length=1)]
+    axes: dict[str, list[AxisValue] | str]
+    """Each axis is a list of values, or the name of a list in `[values]`."""
+
+
+class Profile(Table):
+    """`[profile.<name>]`: one size of the experiment."""
+
+    device: Literal["cuda", "cpu"]
+    providers: Annotated[list[str], Field(min_length=1)]
+    verify_only: list[str] = []
+    """Providers whose output is checked but not timed in this profile."""
+    time_limit_s: Annotated[float, Field(gt=0)]
+    """A cell that takes longer is stopped and gets status `timeout`."""
+    grid: Annotated[list[Grid], Field(min_length=1)]
+    measure: Annotated[list[MeasureRow], Field(min_length=1)]
+    estimate: Estimate
+
+
+class Recipe(Table):
+    """A whole recipe file."""
+
+    format: int
+    name: str
+    title: str
+    document: str
+    """Number of the published document that it repeats."""
+    protocol_version: Annotated[int, Field(ge=1)]
+    """Raised whenever what lies inside a timed interval changes; unlike versions are never compared."""
+    kind: Literal["op"]
+    stack: str
+    seed: int
+    template: str
+    baseline: str
+    """Provider that speed-ups are relative to."""
+    headline: str
+    """The measure that summaries and the first plots show."""
+    published: list[str] = []
+    """Files in `recipes/published/` that the report shows beside the measured numbers."""
+    values: dict[str, Annotated[list[AxisValue], Field(min_length=1)]] = {}
+    """Named lists of axis values."""
+    providers: Annotated[dict[str, ProviderRow], Field(min_length=1)]
+    profile: Annotated[dict[str, Profile], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Self:
+        known_ops = _ops()
+        for name, profile in self.profile.items():
+            at = f"profile.{name}"
+            for key in ("providers", "verify_only"):
+                for provider in getattr(profile, key):
+                    _require(provider, self.providers, f"{at}.{key}", "provider")
+            for i, grid in enumerate(profile.grid):
+                for op in grid.ops:
+                    _require(op, known_ops, f"{at}.grid[{i}].ops", "op")
+                for axis, values in grid.axes.items():
+                    if isinstance(values, str):
+                        _require(values, self.values, f"{at}.grid[{i}].axes.{axis}", "list of [values]")
+                    elif not values:
+                        raise ValueError(f"{at}.grid[{i}].axes.{axis}: an axis needs at least one value")
+            names = [measure.name for measure in profile.measure]
+            if len(set(names)) != len(names):
+                raise ValueError(f"{at}.measure: names repeat: {', '.join(names)}")
+        _require(self.baseline, self.providers, "baseline", "provider")
+        return self
+
+    def cells(self, profile: str) -> list[Cell]:
+        """Every cell of a profile: points in the order of the file, the providers of a point side by side."""
+        chosen = self.profile[profile]
+        found: dict[str, Cell] = {}
+        for grid in chosen.grid:
+            axes = [self.values[values] if isinstance(values, str) else values for values in grid.axes.values()]
+            for op, *values in itertools.product(grid.ops, *axes):
+                point = dict(zip(grid.axes, values, strict=True))
+                for provider in chosen.providers:
+                    cell = Cell(kind=self.kind, subject=op, provider=provider, axes=point, seed=self.seed)
+                    found.setdefault(cell.cell_id, cell)
+        return list(found.values())
+
+
+def load(path: Path) -> Recipe:
+    """The recipe in a file. UsageError names file, key path and the known keys or values."""
+    return parse(path.read_bytes(), path.name)
+
+
+def parse(text: bytes, name: str) -> Recipe:
+    """The recipe in the bytes of a TOML file called `name`."""
+    try:
+        data = tomllib.loads(text.decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{name}: not valid TOML: {error}") from error
+    version = data.get("format")
+    if isinstance(version, int) and version > FORMAT:
+        raise CorruptError(f"{name}: format {version} is newer than this smbench reads ({FORMAT}); update smbench")
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise UsageError("\n".join(explain(error, Recipe, name))) from error
+    return recipe
+
+
+def find(name: str, folder: Path) -> Path:
+    """The file of a recipe by name. UsageError lists the names that exist and the nearest one."""
+    known = names(folder)
+    if name not in known:
+        hint = difflib.get_close_matches(name, known, n=1)
+        did_you_mean = f"; did you mean {hint[0]!r}?" if hint else ""
+        raise UsageError(f"unknown recipe {name!r}; known: {', '.join(known) or 'none'}{did_you_mean}")
+    return folder / f"{name}.toml"
+
+
+def names(folder: Path) -> list[str]:
+    """Names of all recipes in a folder."""
+    return sorted(path.stem for path in folder.glob("*.toml"))
+
+
+def profile_named(recipe: Recipe, name: str) -> Profile:
+    """A profile of a recipe. UsageError lists the profiles that exist."""
+    if name not in recipe.profile:
+        raise UsageError(f"recipe {recipe.name!r} has no profile {name!r}; known: {', '.join(recipe.profile)}")
+    return recipe.profile[name]
+
+
+def explain(error: ValidationError, model: type[BaseModel], name: str) -> list[str]:
+    """One line for each fault: file, key path, what is wrong, and the known keys where a key is unknown."""
+    lines = []
+    for fault in error.errors():
+        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"]).lstrip(".")
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden":
+            known = _known_keys(model, fault["loc"][:-1])
+            hint = difflib.get_close_matches(str(fault["loc"][-1]), known, n=1)
+            did_you_mean = f"; did you mean {hint[0]!r}?" if hint else ""
+            message = f"unknown key; known keys here: {', '.join(known)}{did_you_mean}"
+        elif fault["type"] == "missing":
+            message = "this key is missing"
+        elif fault["type"] != "value_error":
+            message = f"{message}, found {fault['input']!r}"
+        lines.append(f"{name}: {path}: {message}" if path else f"{name}: {message}")
+    return lines
+
+
+def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """The keys of the table at a key path of a model."""
+    current: Any = model
+    for part in path:
+        if isinstance(current, type) and issubclass(current, BaseModel) and part in current.model_fields:
+            current = _table_in(current.model_fields[str(part)].annotation)
+    return sorted(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
+
+
+def _table_in(annotation: Any) -> Any:
+    """The model that an annotation such as `dict[str, Profile]` or `list[Grid]` holds."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    inner = [_table_in(argument) for argument in getattr(annotation, "__args__", ())]
+    return next((table for table in inner if table is not None), None)
+
+
+def _require(name: str, known: Mapping[str, Any], at: str, what: str) -> None:
+    if name not in known:
+        hint = difflib.get_close_matches(name, known, n=1)
+        did_you_mean = f"; did you mean {hint[0]!r}?" if hint else ""
+        raise ValueError(f"{at}: unknown {what} {name!r}; known: {', '.join(known)}{did_you_mean}")
+
+
+def _ops() -> Mapping[str, str]:
+    """The registry of operations; the module imports neither torch nor triton."""
+    from smbench_kernels.registry import OPS
+
+    return OPS

@@ -1,0 +1,142 @@
+"""What a run leaves: one record a line of `results.jsonl`. Owns the shape and the status rules, not the file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+
+from smbench.cell import Cell
+
+FORMAT = 1
+"""Version of `results.jsonl`, `run.json` and `plan.json`. History: 1 = first."""
+
+Status = Literal["ok", "verified", "incorrect", "invalid", "unsupported", "oom", "timeout", "crashed", "skipped"]
+"""`ok` was checked and timed; `verified` was checked and, for a reason, not timed; every other carries a reason only."""
+
+UNTESTED: tuple[Status, ...] = ("incorrect", "invalid", "unsupported", "oom", "timeout", "crashed", "skipped")
+"""The statuses that a report lists under situations not tested."""
+
+Seconds = Annotated[FiniteFloat, Field(ge=0)]
+
+
+class Record(BaseModel):
+    """Base of everything that is stored: immutable, and a key that is not declared is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Measurement(Record):
+    """Raw samples of one way of timing one cell."""
+
+    name: str
+    """The recipe's name of this way, e.g. `document` or `cold`."""
+    method: Literal["graph", "event", "wall"]
+    """CUDA graph replay between two events; calls between two events; host clock around calls and a synchronize."""
+    l2: Literal["cold", "warm", "none"]
+    """State of the device's last-level cache before each call; `none` on a CPU, where nothing was controlled."""
+    calls_per_sample: Annotated[int, Field(ge=1)]
+    """A sample is the time of this many calls, divided by it."""
+    warmup_s: tuple[Seconds, ...]
+    """Samples that were taken first and are not counted, per call."""
+    samples_s: Annotated[tuple[Annotated[FiniteFloat, Field(gt=0)], ...], Field(min_length=1)]
+    """Every counted sample in order, seconds per call. None is ever dropped."""
+    busy_s: Seconds
+    """Time that the device spent on these samples, flushes between them included."""
+
+
+class Check(Record):
+    """How the output compared with the reference."""
+
+    passed: bool
+    rounds: int
+    """How many sets of fresh random inputs were compared."""
+    relative_error: float | None
+    """Worst 2-norm error of the change to the output, relative to the reference; None where it was not finite."""
+    relative_bound: float
+    elementwise_error: float | None
+    """Worst single error in units of the reference's root mean square; None where it was not finite."""
+    elementwise_bound: float
+    reference: str
+    """Precision of the truth, e.g. `float64`."""
+
+
+class Selection(Record):
+    """Which launch parameters ran."""
+
+    source: str
+    """`default`, `tuned-exact`, `tuned-nearest: …`, `given` or `library`."""
+    config: Mapping[str, int]
+    kernels: Mapping[str, Mapping[str, int]] = {}
+    """Compiled facts by kernel: num_warps, num_stages, shared_bytes, registers, spills."""
+
+
+class Work(Record):
+    """The least that any implementation must do."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    flops: Annotated[int, Field(ge=0)]
+
+
+class Result(Record):
+    """One measured, verified or failed cell."""
+
+    record: Literal["result"] = "result"
+    cell_id: str
+    cell: Cell
+    status: Status
+    reason: str | None = None
+    """Why there is no number; also why a `verified` cell was not timed. None exactly when the status is `ok`."""
+    environment_id: str | None = None
+    """The environment record that this result was made in; None when no worker came so far."""
+    check: Check | None = None
+    selection: Selection | None = None
+    work: Work | None = None
+    measurements: tuple[Measurement, ...] = ()
+    telemetry: Mapping[str, Any] = {}
+    phases_s: Mapping[str, Seconds] = {}
+    """Wall-clock split of the worker's time for this cell: inputs, reference, compile, check, capture, measure, total."""
+    compilations: int = 0
+    """Kernels that were compiled for this cell because no cache held them."""
+    started_at: str
+    """UTC, ISO 8601."""
+
+    @model_validator(mode="after")
+    def _status_decides_shape(self) -> Self:
+        if self.cell_id != self.cell.cell_id:
+            raise ValueError(f"cell_id {self.cell_id} is not the hash of the cell ({self.cell.cell_id})")
+        if (self.reason is None) != (self.status == "ok"):
+            raise ValueError(f"status {self.status!r} {'needs' if self.reason is None else 'takes no'} reason")
+        if (self.status == "ok") != bool(self.measurements):
+            raise ValueError(f"status {self.status!r} with {len(self.measurements)} measurements")
+        if self.status in ("ok", "verified") and not (self.check and self.check.passed):
+            raise ValueError(f"status {self.status!r} without a passed correctness check")
+        return self
+
+
+class Environment(Record):
+    """The machine and software that results were made in, stored once for each distinct one."""
+
+    record: Literal["environment"] = "environment"
+    environment_id: str
+    environment: Mapping[str, Any]
+
+
+class Session(Record):
+    """One invocation of `run` on the folder: what a rental paid for."""
+
+    record: Literal["session"] = "session"
+    started_at: str
+    wall_s: Seconds
+    worker_start_s: Seconds
+    """Process starts, imports and device initialization of all workers."""
+    workers: int
+    results: int
+    """How many results this session appended."""
+    ended: Literal["finished", "interrupted", "failed"]
+    timer_checks: tuple[Mapping[str, Any], ...] = ()
+    """Each worker's timing of a kernel of known length, by method."""
+
+
+AnyRecord = Annotated[Result | Environment | Session, Field(discriminator="record")]

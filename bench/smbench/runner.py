@@ -1,0 +1,228 @@
+"""Runs a plan in a folder: workers, time limits, statuses, interruptions. Owns the order of things, not the measuring.
+
+Cells of one group share a worker process, since starting one costs seconds and a kernel microseconds; a cell that
+breaks its process (crash, hang) is given its status and the rest goes on in a fresh one. Every result is on the disk
+before the next one is looked at, so that stopping anywhere loses at most the cell at hand.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from smbench.errors import UsageError
+from smbench.plan import Plan, Planned
+from smbench.result import Environment, Result, Session
+from smbench.runfolder import Appender, create, load
+from smbench.workerprocess import WORKER, Refused, WorkerProcess, WorkerStopped
+
+MOST_STARTS_WITHOUT_RESULT = 2
+"""A worker that dies this often before its first cell will not do better a third time."""
+
+OnResult = Callable[[Result], None]
+
+
+class WorkerCannotStart(Exception):
+    """No worker came up; the message carries its last words. Exit code 1: nothing is wrong with what was asked."""
+
+
+@dataclass(slots=True)
+class _Tally:
+    """What a session adds up to."""
+
+    started_at: str
+    began: float
+    worker_start_s: float = 0.0
+    workers: int = 0
+    results: int = 0
+    timer_checks: list[Mapping[str, Any]] = field(default_factory=list)
+
+    def session(self, ended: Literal["finished", "interrupted", "failed"]) -> Session:
+        return Session(
+            started_at=self.started_at,
+            wall_s=time.monotonic() - self.began,
+            worker_start_s=self.worker_start_s,
+            workers=self.workers,
+            results=self.results,
+            ended=ended,
+            timer_checks=tuple(self.timer_checks),
+        )
+
+
+def run(
+    plan: Plan,
+    folder: Path,
+    on_result: OnResult,
+    on_warning: Callable[[str], None],
+    worker_command: Sequence[str] = WORKER,
+) -> None:
+    """Measure every cell of a plan that the folder has no result of. The caller holds the folder's lock.
+
+    KeyboardInterrupt passes through after the session is recorded; OSError when the disk is full, with all results
+    that were appended intact; UsageError when the worker refuses the request; WorkerCannotStart when none comes up.
+    """
+    cells = [entry.cell for entry in plan.entries]
+    create(folder, plan.recipe_text, plan.recipe.name, plan.profile_name, cells)
+    with Appender(folder) as appender:
+        if appender.set_aside:
+            on_warning(appender.set_aside)
+        before = load(folder)
+        known = {environment.environment_id for environment in before.environments}
+        session = _RunSession(plan, folder, appender, on_result, known, worker_command)
+        ended: Literal["finished", "interrupted", "failed"] = "failed"
+        try:
+            session.measure([entry for entry in plan.entries if entry.cell.cell_id not in before.results])
+            ended = "finished"
+        except KeyboardInterrupt:
+            ended = "interrupted"
+            raise
+        finally:
+            # nothing done is nothing to record: a repeated command leaves a finished folder as it was
+            if session.tally.results:
+                appender.append(session.tally.session(ended))
+
+
+class _RunSession:
+    """One invocation of `run`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        appender: Appender,
+        on_result: OnResult,
+        known_environments: set[str],
+        worker_command: Sequence[str],
+    ) -> None:
+        self._plan = plan
+        self._folder = folder
+        self._appender = appender
+        self._on_result = on_result
+        self._known = known_environments
+        self._worker_command = worker_command
+        self._last_words = "none"
+        self.tally = _Tally(_now(), time.monotonic())
+
+    def measure(self, missing: Sequence[Planned]) -> None:
+        for entry in missing:
+            if entry.unsupported:
+                self._record(_without_number(entry, "unsupported", entry.unsupported))
+        runnable = sorted((entry for entry in missing if not entry.unsupported), key=lambda entry: entry.group)
+        for _, members in itertools.groupby(runnable, key=lambda entry: entry.group):
+            self._measure_group(list(members))
+
+    def _measure_group(self, waiting: list[Planned]) -> None:
+        """Worker after worker until every cell of the group has a result."""
+        fruitless = 0
+        while waiting:
+            done = self._one_worker(waiting)
+            fruitless = 0 if done else fruitless + 1
+            if fruitless == MOST_STARTS_WITHOUT_RESULT:
+                raise WorkerCannotStart(
+                    f"the worker stopped {fruitless} times before its first result; its last words: {self._last_words}"
+                )
+            waiting = waiting[done:]
+
+    def _one_worker(self, waiting: Sequence[Planned]) -> int:
+        """Run one process over the waiting cells; how many of them got a result."""
+        entries = {entry.cell.cell_id: entry for entry in waiting}
+        began = time.monotonic()
+        self.tally.workers += 1
+        done = 0
+        at_hand: Planned | None = None
+        environment_id: str | None = None
+        started_at = _now()
+        request = self._request(waiting)
+        with WorkerProcess(self._folder, request, waiting[0].interpreted, self._worker_command) as worker:
+            try:
+                for event in worker.events(self._plan.profile.time_limit_s):
+                    match event["event"]:
+                        case "ready":
+                            self.tally.worker_start_s += time.monotonic() - began
+                            self.tally.timer_checks += event["timer_checks"]
+                            environment_id = self._remember(event)
+                        case "start":
+                            at_hand, started_at = entries[event["cell_id"]], _now()
+                        case "result":
+                            self._record(_result(entries[event["cell_id"]], event, environment_id))
+                            at_hand = None
+                            done += 1
+            except Refused as refusal:
+                raise UsageError(f"recipe {self._plan.recipe.name!r}: " + "; ".join(refusal.errors)) from refusal
+            except WorkerStopped as stopped:
+                self._last_words = stopped.reason
+                if at_hand is not None:
+                    result = _without_number(at_hand, stopped.status, stopped.reason, environment_id, started_at)
+                    self._record(result)
+                    done += 1
+        return done
+
+    def _request(self, entries: Sequence[Planned]) -> dict[str, Any]:
+        profile = self._plan.profile
+        return {
+            "device": profile.device,
+            "measures": [row.model_dump(exclude={"title"}) for row in profile.measure],
+            "jobs": [
+                {
+                    "cell_id": entry.cell.cell_id,
+                    "subject": entry.cell.subject,
+                    "provider": entry.cell.provider,
+                    "axes": dict(entry.cell.axes),
+                    "seed": entry.cell.seed,
+                    "untimed_reason": entry.untimed,
+                }
+                for entry in entries
+            ],
+        }
+
+    def _remember(self, ready: Mapping[str, Any]) -> str:
+        environment = Environment(environment_id=ready["environment_id"], environment=ready["environment"])
+        if environment.environment_id not in self._known:
+            self._known.add(environment.environment_id)
+            self._appender.append(environment)
+        return environment.environment_id
+
+    def _record(self, result: Result) -> None:
+        self._appender.append(result)
+        self.tally.results += 1
+        self._on_result(result)
+
+
+def _result(entry: Planned, event: Mapping[str, Any], environment_id: str | None) -> Result:
+    """The stored form of a worker's result; one that breaks the rules of its status counts as a crash."""
+    fields = {key: value for key, value in event.items() if key not in ("event", "cell_id")}
+    try:
+        return Result(cell_id=entry.cell.cell_id, cell=entry.cell, environment_id=environment_id, **fields)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(str(part) for part in fault["loc"])
+        reason = f"the worker's result breaks its format: {where}: {fault['msg']}"
+        return _without_number(entry, "crashed", reason, environment_id, event["started_at"])
+
+
+def _without_number(
+    entry: Planned,
+    status: Literal["unsupported", "timeout", "crashed"],
+    reason: str,
+    environment_id: str | None = None,
+    started_at: str | None = None,
+) -> Result:
+    return Result(
+        cell_id=entry.cell.cell_id,
+        cell=entry.cell,
+        status=status,
+        reason=reason,
+        environment_id=environment_id,
+        started_at=started_at or _now(),
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,110 @@
+"""`python -m smbench.worker REQUEST`: measure the cells of a request, one JSON event a line on standard output.
+
+Owns the protocol's worker side. Whatever libraries print goes to standard error, which the host keeps as a log.
+
+Events: `ready` (environment, timer checks), `refused` (errors; nothing was measured), `start` (cell_id), `result`,
+`broken` (this process can go on no further), `done`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+PROTOCOL = 1
+"""Version of request and events. History: 1 = first."""
+_PR_SET_PDEATHSIG = 1
+
+
+class Events:
+    """The stream to the host."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Write one event. ValueError for NaN or infinity, BrokenPipeError when the host has gone."""
+        line = json.dumps({"event": event, **fields}, allow_nan=False, separators=(",", ":"))
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
+
+def main(arguments: list[str]) -> int:
+    """Run one request; the exit code says only whether the protocol was completed."""
+    _die_with_the_host()
+    request = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))
+    # libraries print to descriptor 1 as they like, so the host's stream moves to a descriptor of its own
+    stream = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    if request["protocol"] != PROTOCOL:
+        Events(stream).emit("refused", errors=[f"request has protocol {request['protocol']}, this worker {PROTOCOL}"])
+        return 2
+    return serve(request, Events(stream))
+
+
+def serve(request: dict[str, Any], events: Events) -> int:
+    """Answer a request: every job gets its result, unless the process breaks."""
+    import torch
+
+    from smbench.worker import environment, telemetry
+    from smbench.worker.op import Job, OpRunner
+    from smbench.worker.timing import Spec
+
+    device = torch.device(request["device"])
+    if device.type == "cuda":
+        torch.cuda.init()
+    runner = OpRunner(device, [Spec(**row) for row in request["measures"]], sys.stderr)
+    jobs = [Job(**row) for row in request["jobs"]]
+    errors = runner.refusals(jobs)
+    if errors:
+        events.emit("refused", errors=errors)
+        return 2
+    facts = environment.capture()
+    events.emit(
+        "ready",
+        environment_id=environment.environment_id(facts),
+        environment=facts,
+        timer_checks=_timer_checks(device, runner),
+    )
+    sampler = telemetry.open_telemetry() if device.type == "cuda" else telemetry.NullSampler("runs on the CPU")
+    with sampler:
+        for job in jobs:
+            started_at = datetime.now(UTC).isoformat(timespec="milliseconds")
+            events.emit("start", cell_id=job.cell_id)
+            began = time.monotonic()
+            result = runner.run(job)
+            result["telemetry"] = sampler.window(began, time.monotonic())
+            events.emit("result", cell_id=job.cell_id, started_at=started_at, **result)
+            if runner.broken:
+                events.emit("broken", reason=runner.broken)
+                return 3
+    events.emit("done")
+    return 0
+
+
+def _timer_checks(device: Any, runner: Any) -> list[dict[str, Any]]:
+    if device.type != "cuda":
+        return []
+    from smbench.worker.timer_check import check_timer
+
+    return check_timer(device, runner.stream)
+
+
+def _die_with_the_host() -> None:
+    """Ask Linux to end this process when the host ends, even by SIGKILL: an orphan would disturb the next run."""
+    host = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != host:
+        sys.exit("the host process has gone")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

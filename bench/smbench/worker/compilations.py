@@ -1,0 +1,24 @@
+"""Counts and times kernel compilations of this process. Owns the listener that Triton calls."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+
+class Compilations:
+    """How many kernels this process compiled, and for how long; a cache hit is not a compilation."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.seconds = 0.0
+        if importlib.util.find_spec("triton") is not None:
+            from triton import knobs
+
+            knobs.compilation.listener = self._listen
+
+    def _listen(self, *, times: Any, cache_hit: bool, **_: Any) -> None:
+        if not cache_hit:
+            self.count += 1
+            # Triton reports microseconds
+            self.seconds += times.total * 1e-6

@@ -1,0 +1,246 @@
+"""Measures operation cells: inputs, correctness gate, timing, one result each. Owns the order of these steps.
+
+The gate comes first and last: a number exists only if the output was right before timing and, on other inputs and
+through a replayed graph, after it.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+import torch
+from smbench_kernels.op import Inputs, Op, Point, Prepared, UnsupportedPoint
+from smbench_kernels.registry import op as find_op
+
+from smbench.worker.compilations import Compilations
+from smbench.worker.gate import Truth, Verdict, examine, restore
+from smbench.worker.timing import Flush, Spec, Timing, capture, measure, measure_wall
+
+CHECK_SEED = 7919
+"""Added to a cell's seed for the inputs of the second round."""
+COLD_WINDOW_S = 150e-6
+"""A cold graph holds as many calls as fill about this time, so that the flush does not dominate the wall clock."""
+SET_BYTES = 4 << 30
+"""Most memory for the distinct buffer sets of a cold measurement."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One cell of a request."""
+
+    cell_id: str
+    subject: str
+    provider: str
+    axes: Point
+    seed: int
+    untimed_reason: str | None
+    """Why the cell is only verified; None where it is timed."""
+
+
+@dataclass(slots=True)
+class _Data:
+    """Inputs of the point at hand, shared by the providers that run it one after the other."""
+
+    key: tuple[Any, ...]
+    truths: list[Truth]
+    sets: list[Inputs] = field(default_factory=list)
+
+    def buffers(self, count: int) -> list[Inputs]:
+        """`count` copies of the inputs, each in memory of its own."""
+        while len(self.sets) < count:
+            self.sets.append({name: tensor.clone() for name, tensor in self.truths[0].inputs.items()})
+        return self.sets[:count]
+
+
+class OpRunner:
+    """Runs jobs one by one on one device."""
+
+    def __init__(self, device: torch.device, specs: Sequence[Spec], log: TextIO) -> None:
+        self._device = device
+        self._specs = specs
+        self._log = log
+        self._on_gpu = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if self._on_gpu else None
+        self._flush = Flush(device) if self._on_gpu and any(spec.l2 == "cold" for spec in specs) else None
+        self._data: _Data | None = None
+        self.compilations = Compilations()
+        self.broken: str | None = None
+        """Why this process can measure nothing more, once a fault has poisoned its device context."""
+
+    def refusals(self, jobs: Sequence[Job]) -> list[str]:
+        """What makes the request impossible as a whole, before anything is measured: unknown names and axes."""
+        found: dict[str, None] = {}
+        for job in jobs:
+            op = find_op(job.subject)
+            if job.provider not in op.providers:
+                known = ", ".join(op.providers)
+                found[f"op {job.subject!r} has no provider {job.provider!r}; known: {known}"] = None
+            for name in job.axes.keys() ^ op.axes.keys():
+                what = "is missing" if name in op.axes else "is unknown"
+                found[f"op {job.subject!r}: axis {name!r} {what}; its axes: {', '.join(op.axes)}"] = None
+            for name in job.axes.keys() & op.axes.keys():
+                axis, value = op.axes[name], job.axes[name]
+                if axis.choices and value not in axis.choices:
+                    found[f"op {job.subject!r}: {name} = {value!r} is none of {', '.join(axis.choices)}"] = None
+                elif not axis.choices and not (isinstance(value, int) and value >= axis.minimum):
+                    found[f"op {job.subject!r}: {name} = {value!r} is no integer of at least {axis.minimum}"] = None
+        return list(found)
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """The result of one cell, without what only the host knows. Never raises for what a provider does wrong."""
+        phases: dict[str, float] = {}
+        result: dict[str, Any] = {"phases_s": phases}
+        began = time.perf_counter()
+        compiled_before = self.compilations.count
+        compile_before_s = self.compilations.seconds
+        with self._on_stream():
+            try:
+                result |= self._measure(job, phases)
+            except UnsupportedPoint as reason:
+                result |= {"status": "unsupported", "reason": str(reason)}
+            except torch.cuda.OutOfMemoryError as error:
+                result |= {"status": "oom", "reason": str(error).splitlines()[0]}
+                self._data = None
+                torch.cuda.empty_cache()
+            # whatever a provider raises is that cell's outcome, with its traceback in the log
+            except Exception as error:  # noqa: BLE001
+                traceback.print_exc(file=self._log)
+                result |= {"status": "crashed", "reason": f"{type(error).__name__}: {_first_line(error)}"}
+                self._find_out_if_broken()
+        result["compilations"] = self.compilations.count - compiled_before
+        phases["compile"] = self.compilations.seconds - compile_before_s
+        phases["total"] = time.perf_counter() - began
+        # compilation happens inside the first call, which the check times
+        phases["check"] = max(0.0, phases.get("check", 0.0) - phases["compile"])
+        return result
+
+    def _measure(self, job: Job, phases: dict[str, float]) -> dict[str, Any]:
+        op = find_op(job.subject)
+        with _phase(phases, "inputs"):
+            data = self._inputs(op, job)
+            buffers = data.buffers(1)[0]
+            restore(buffers, data.truths[0])
+        prepare = op.provider(job.provider)
+        verdict = Verdict(op.tolerance(job.axes))
+        with _phase(phases, "check"):
+            prepared = prepare(job.axes, buffers)
+            examine(verdict, prepared.run, buffers, data.truths[0], "first inputs")
+        work = op.work(job.axes, data.truths[0].inputs)
+        timings: dict[str, Timing] = {}
+        if verdict.passed and job.untimed_reason is None:
+            timings = self._time(data, prepare, job.axes, prepared, phases)
+        with _phase(phases, "check"):
+            restore(buffers, data.truths[1])
+            examine(verdict, self._replayed(prepared), buffers, data.truths[1], "second inputs")
+        return {
+            "check": verdict.record(),
+            "work": {"bytes": work.bytes, "flops": work.flops},
+            "selection": {
+                "source": prepared.config_source,
+                "config": dict(prepared.config),
+                "kernels": {name: dict(facts) for name, facts in prepared.kernels().items()},
+            },
+            **self._outcome(job, verdict, timings),
+        }
+
+    def _outcome(self, job: Job, verdict: Verdict, timings: Mapping[str, Timing]) -> dict[str, Any]:
+        if not verdict.passed:
+            return {"status": "incorrect", "reason": "; ".join(verdict.faults)}
+        if job.untimed_reason is not None:
+            return {"status": "verified", "reason": job.untimed_reason}
+        measurements = [
+            {
+                "name": spec.name,
+                "method": spec.method,
+                "l2": spec.l2,
+                "calls_per_sample": timings[spec.name].calls_per_sample,
+                "warmup_s": timings[spec.name].warmup_s,
+                "samples_s": timings[spec.name].samples_s,
+                "busy_s": timings[spec.name].busy_s,
+            }
+            for spec in self._specs
+        ]
+        return {"status": "ok", "reason": None, "measurements": measurements}
+
+    def _time(
+        self,
+        data: _Data,
+        prepare: Callable[[Point, Inputs], Prepared],
+        point: Point,
+        prepared: Prepared,
+        phases: dict[str, float],
+    ) -> dict[str, Timing]:
+        timings: dict[str, Timing] = {}
+        for spec in self._specs:
+            if spec.method == "wall":
+                timings[spec.name] = measure_wall(spec, prepared.run)
+                continue
+            calls = [prepared.run]
+            if spec.l2 == "cold":
+                with _phase(phases, "inputs"):
+                    sets = data.buffers(self._cold_sets(spec, data, timings))
+                    calls += [prepare(point, buffers).run for buffers in sets[1:]]
+            assert self.stream is not None
+            timings[spec.name] = measure(spec, calls, self.stream, self._flush)
+            phases["capture"] = phases.get("capture", 0.0) + timings[spec.name].capture_s
+        return timings
+
+    def _cold_sets(self, spec: Spec, data: _Data, timings: Mapping[str, Timing]) -> int:
+        """How many distinct buffer sets a cold measurement uses."""
+        set_bytes = sum(t.numel() * t.element_size() for t in data.truths[0].inputs.values())
+        by_memory = max(1, SET_BYTES // max(1, set_bytes))
+        known = [min(timing.samples_s) for timing in timings.values()]
+        by_time = max(1, round(COLD_WINDOW_S / known[0])) if known else spec.calls
+        return min(spec.calls, by_memory, by_time)
+
+    def _inputs(self, op: Op, job: Job) -> _Data:
+        key = (op.name, tuple(sorted(job.axes.items())), job.seed)
+        if self._data is None or self._data.key != key:
+            # the old point's memory goes before the new one's comes
+            self._data = None
+            first = op.make_inputs(job.axes, job.seed, self._device)
+            other = op.make_inputs(job.axes, job.seed + CHECK_SEED, self._device)
+            # the second round changes the values but not the integer inputs, see `restore`
+            second = {name: t if t.is_floating_point() else first[name] for name, t in other.items()}
+            self._data = _Data(key, [Truth.of(op, job.axes, first), Truth.of(op, job.axes, second)])
+        return self._data
+
+    def _replayed(self, prepared: Prepared) -> Callable[[], None]:
+        """One call, on a GPU through a captured graph: what is timed is what is checked."""
+        if self.stream is None:
+            return prepared.run
+        return capture([prepared.run], self.stream).replay
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        if self.stream is None:
+            yield
+        else:
+            with torch.cuda.stream(self.stream):
+                yield
+
+    def _find_out_if_broken(self) -> None:
+        """A fault such as an illegal address stays with the process: nothing after it would be worth reporting."""
+        if self._on_gpu:
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                self.broken = _first_line(error)
+
+
+@contextmanager
+def _phase(phases: dict[str, float], name: str) -> Iterator[None]:
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        phases[name] = phases.get(name, 0.0) + time.perf_counter() - began
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]

@@ -1,0 +1,143 @@
+"""Ways of timing calls: CUDA-graph replay, events, host clock; cold and warm L2. Owns samples, not their meaning.
+
+A sample is the time of one call: elapsed time divided by the calls inside. Every method returns warm-up and counted
+samples raw; nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Call = Callable[[], None]
+
+FLUSH_FACTOR = 3
+"""The flush reads this many times the L2's size: reading leaves clean lines, so no write-back falls into the sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """How to time: the `[[measure]]` row of a recipe."""
+
+    name: str
+    method: str
+    l2: str
+    calls: int
+    replays: int
+    warmup: int
+    samples: int
+    min_samples: int
+    window_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Raw samples, seconds per call, in the order they were taken."""
+
+    calls_per_sample: int
+    warmup_s: list[float]
+    samples_s: list[float]
+    busy_s: float
+    """Device time from the first warm-up sample to the last sample, flushes included."""
+    capture_s: float
+    """Host time spent capturing graphs."""
+
+
+class Flush:
+    """Evicts the L2 by reading a buffer several times its size."""
+
+    def __init__(self, device: torch.device) -> None:
+        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        self._buffer = torch.zeros(FLUSH_FACTOR * l2_bytes // 4, dtype=torch.float32, device=device)
+        self._sum = torch.empty((), dtype=torch.float32, device=device)
+
+    def __call__(self) -> None:
+        torch.sum(self._buffer, dim=0, out=self._sum)
+
+
+def capture(calls: Sequence[Call], stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    """A graph of the calls in order. The calls must have run before, so that nothing is compiled inside."""
+    graph = torch.cuda.CUDAGraph()
+    # `torch.cuda.graph` would empty the allocator's cache at each capture, which costs more than the capture
+    stream.synchronize()
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            for call in calls:
+                call()
+        finally:
+            graph.capture_end()
+    return graph
+
+
+def measure(spec: Spec, calls: Sequence[Call], stream: torch.cuda.Stream, flush: Flush | None) -> Timing:
+    """Time calls on a GPU. `calls` are the same work on distinct buffers; a warm L2 uses the first one only.
+
+    Raises ValueError for a method that no GPU has, and whatever a call raises.
+    """
+    cold = spec.l2 == "cold"
+    body = list(calls) if cold else [calls[0]] * spec.calls
+    began = time.perf_counter()
+    if spec.method == "graph":
+        graph = capture(body, stream)
+        once: Call = graph.replay
+    elif spec.method == "event":
+
+        def once() -> None:
+            for call in body:
+                call()
+    else:
+        raise ValueError(f"timing method {spec.method!r} is none of a GPU's: graph, event")
+    capture_s = time.perf_counter() - began
+    per_sample = len(body) * spec.replays
+    with torch.cuda.stream(stream):
+        first = _sample(once, spec.replays, flush if cold else None)
+        stream.synchronize()
+        # the whole sample including its flush counts against the window
+        cost_s = max(_seconds(first[0], first[2]), 1e-7)
+        wanted = int(spec.window_s / cost_s)
+        count = min(spec.samples, max(spec.min_samples, wanted))
+        events = [first]
+        events += [_sample(once, spec.replays, flush if cold else None) for _ in range(spec.warmup + count - 1)]
+        stream.synchronize()
+    times = [_seconds(start, end) / per_sample for _, start, end in events]
+    busy_s = cost_s + (_seconds(events[1][0], events[-1][2]) if len(events) > 1 else 0.0)
+    return Timing(per_sample, times[: spec.warmup], times[spec.warmup :], busy_s, capture_s)
+
+
+def measure_wall(spec: Spec, call: Call) -> Timing:
+    """Time a call by the host clock, for devices whose calls return when they are done."""
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < spec.warmup + spec.samples:
+        start = time.perf_counter()
+        for _ in range(spec.calls * spec.replays):
+            call()
+        end = time.perf_counter()
+        times.append((end - start) / (spec.calls * spec.replays))
+        if end - began > spec.window_s and len(times) >= spec.warmup + spec.min_samples:
+            break
+    busy_s = time.perf_counter() - began
+    return Timing(spec.calls * spec.replays, times[: spec.warmup], times[spec.warmup :], busy_s, 0.0)
+
+
+def _sample(once: Call, replays: int, flush: Flush | None) -> tuple[Any, Any, Any]:
+    """Enqueue one sample; events before the flush, before and after the timed part."""
+    before, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+    before.record()
+    if flush:
+        flush()
+    start.record()
+    for _ in range(replays):
+        once()
+    end.record()
+    return before, start, end
+
+
+def _seconds(start: Any, end: Any) -> float:
+    milliseconds: float = start.elapsed_time(end)
+    return milliseconds * 1e-3

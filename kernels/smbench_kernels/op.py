@@ -1,0 +1,133 @@
+"""What an operation is: axes, inputs, truth, work and providers.
+
+Owns the vocabulary that kernels and the measuring worker share. Does not own timing, tolerances of a run or any file.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    import torch
+
+Point: TypeAlias = Mapping[str, int | str]
+"""One resolved point of an operation's axes, e.g. `{"batch": 8, "hidden_size": 4096, "dtype": "float16"}`."""
+
+Config: TypeAlias = Mapping[str, int]
+"""Launch parameters of a kernel, e.g. `{"BLOCK_K": 256, "SPLIT_K": 8, "num_warps": 4}`."""
+
+Inputs: TypeAlias = "Mapping[str, torch.Tensor]"
+"""Named tensors of one point; `y` is always the tensor that a provider writes."""
+
+
+class UnsupportedPoint(Exception):
+    """This provider cannot run this point here. The message is the reason that a report prints."""
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis of an operation. An axis with `choices` takes one of those strings, any other an integer."""
+
+    doc: str
+    minimum: int = 1
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The least that any implementation must do for one call."""
+
+    bytes: int
+    """Bytes that must cross device memory: every touched input element once, every written output element once."""
+    flops: int
+    """Floating-point operations of the definition (a multiply-add counts two)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """What separates rounding from a wrong answer."""
+
+    relative: float
+    """Bound on the relative error in the 2-norm, of the change that the call makes to `y`."""
+    elementwise: float
+    """Bound on the largest single error, in units of the root mean square of the reference."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A provider bound to one set of inputs."""
+
+    run: Callable[[], None]
+    """Enqueues one call on the current stream: no synchronization, no allocation that a CUDA graph could not capture."""
+    config: Config
+    """Launch parameters that `run` really passes; empty where a library chooses for itself."""
+    config_source: str
+    """`default`, `tuned-exact`, `tuned-nearest: <point>`, `given` or `library`."""
+    kernels: Callable[[], Mapping[str, Mapping[str, int]]] = dict
+    """After a first run: compiled facts by kernel name (num_warps, num_stages, shared_bytes, registers, spills)."""
+
+
+class Provider(Protocol):
+    """Binds an implementation to inputs. Raises UnsupportedPoint where it cannot run the point."""
+
+    def __call__(self, point: Point, inputs: Inputs) -> Prepared: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Tunable:
+    """The search space of an operation's own kernel."""
+
+    space: Callable[[Point], list[Config]]
+    """Every configuration that the tuner may pick for a point."""
+    prepare: Callable[[Point, Inputs, Config], Prepared]
+    """Like a provider, with the configuration given (`config_source` is `given`)."""
+    predict: Callable[[Point, Config, Mapping[str, float]], float]
+    """Modelled seconds of one call on a device (keys `sm_count`, `memory_bytes_per_s`, `l2_bytes`), for pruning."""
+    precompile: Callable[[Point, Config, int], str]
+    """Compile for a compute capability (80, 86, 89, 90) without a GPU, filling Triton's cache; returns the cache key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """An operation: one definition of what is computed, many providers of it."""
+
+    name: str
+    doc: str
+    axes: Mapping[str, Axis]
+    make_inputs: Callable[[Point, int, torch.device], Inputs]
+    """Inputs of a point from a seed, on a device. Accumulating operations get a `y` with random content."""
+    reference: Callable[[Point, Inputs], torch.Tensor]
+    """The value that `y` must have after one call on these inputs, in float64. Never reads what a provider wrote."""
+    work: Callable[[Point, Inputs], Work]
+    tolerance: Callable[[Point], Tolerance]
+    providers: Mapping[str, str]
+    """Provider name to `module:attribute`, imported on demand."""
+    baseline: str
+    """The provider that speed-ups are relative to. It says nothing about correctness."""
+    tunable: str | None = None
+    """`module:attribute` of a Tunable."""
+
+    def provider(self, name: str) -> Provider:
+        """The provider of that name. KeyError lists the known names; ImportError passes through."""
+        if name not in self.providers:
+            msg = f"op {self.name!r} has no provider {name!r}; known: {', '.join(self.providers)}"
+            raise KeyError(msg)
+        provider: Provider = load(self.providers[name])
+        return provider
+
+    def tuning(self) -> Tunable:
+        """The search space. LookupError where the operation has none."""
+        if self.tunable is None:
+            msg = f"op {self.name!r} has nothing to tune"
+            raise LookupError(msg)
+        tunable: Tunable = load(self.tunable)
+        return tunable
+
+
+def load(target: str) -> Any:
+    """The attribute that `module:attribute` names."""
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,23 @@
+"""Which operations exist. A new operation is one file and one row here."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from smbench_kernels.op import Op, load
+
+OPS = {
+    "bgmv_shrink": "smbench_kernels.bgmv_shrink:OP",
+    "bgmv_expand": "smbench_kernels.bgmv_expand:OP",
+    "sgmv_shrink": "smbench_kernels.sgmv_shrink:OP",
+    "sgmv_expand": "smbench_kernels.sgmv_expand:OP",
+}
+"""Operation name to `module:attribute`, imported on demand."""
+
+
+def op(name: str) -> Op:
+    """The operation of that name. KeyError lists the known names."""
+    if name not in OPS:
+        msg = f"unknown op {name!r}; known: {', '.join(OPS)}"
+        raise KeyError(msg)
+    return cast(Op, load(OPS[name]))
