@@ -7,6 +7,7 @@ source. A figure that is absent there is None here, prints as "unknown", and is 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -59,8 +60,8 @@ class Device(Table):
     boost_clock_hz: Positive | None = None
     """The clock that `fp32_flops_per_s` is stated at."""
     tensor_clock_hz: Positive | None = None
-    """The clock that `tensor_flops_per_s` is stated at; None where that is `boost_clock_hz`, or where neither is known."""
-    tensor_flops_per_s: dict[TensorDtype, Positive] = {}
+    """The clock that `tensor_flops_per_s` is stated at, where that is not `boost_clock_hz`."""
+    tensor_flops_per_s: Mapping[TensorDtype, Positive] = Field(default_factory=dict)
     """Dense tensor-core peak by input dtype, accumulating in float32."""
     float16_accumulate_flops_per_s: Positive | None = None
     """Dense float16 peak accumulating in float16, where the product runs that faster."""
@@ -76,8 +77,7 @@ class Device(Table):
         The stated clock is no bound: an H200's peak is stated at 1830 MHz, and it runs at 1980. None where the table
         does not say the peak, or does not say the clock that scaling needs.
         """
-        peaks: dict[str, float] = dict(self.tensor_flops_per_s)
-        peak = peaks.get(dtype)
+        peak = next((peak for known, peak in self.tensor_flops_per_s.items() if known == dtype), None)
         if peak is None or clock_hz is None:
             return peak
         stated_hz = self.tensor_clock_hz or self.boost_clock_hz

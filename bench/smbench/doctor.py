@@ -1,13 +1,13 @@
-"""Is this machine fit to measure on? Each check is a value with a verdict and, where it is not well, one line of advice.
+"""Is this machine fit to measure on? Checks as values: a verdict and, where all is not well, a fix in one line.
 
 Owns the checks and their limits. Changes no setting, imports no torch, and does not own how checks are shown.
 """
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -35,7 +35,7 @@ MEMORY_IN_USE_BYTES = GIB
 """Device memory in use above this without a visible process belongs to somebody that this machine cannot see."""
 DOCKER_TIMEOUT_S = 10.0
 MIN_DRIVER = {11: "450.80.02", 12: "525.60.13", 13: "580.65.06"}
-"""First Linux driver that runs any release of a CUDA major version (CUDA release notes, minor version compatibility)."""
+"""First Linux driver for any release of a CUDA major version (CUDA release notes, minor version compatibility)."""
 SLOWDOWNS = frozenset({"hw_slowdown", "hw_thermal_slowdown", "hw_power_brake", "sw_thermal_slowdown"})
 BENIGN = frozenset({"idle"})
 
@@ -49,6 +49,27 @@ class Check:
     found: str
     fix: str | None = None
     """What to do about it, in one line; None where nothing need be done."""
+
+
+@dataclass(frozen=True, slots=True)
+class TorchBuild:
+    """The torch of this Python environment, without importing it."""
+
+    version: str
+    cuda: str | None
+    """The CUDA version that it was built for, None for a CPU-only build."""
+
+
+def torch_build() -> TorchBuild | None:
+    """Read from torch's version.py, since importing torch would take seconds. None when it is not installed."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    text = (Path(next(iter(spec.submodule_search_locations))) / "version.py").read_text(encoding="utf-8")
+    version, cuda = (
+        re.search(rf"""^{name}\b[^=\n]*=\s*["']([^"']+)["']""", text, re.MULTILINE) for name in ("__version__", "cuda")
+    )
+    return TorchBuild(version.group(1) if version else "unknown", cuda.group(1) if cuda else None)
 
 
 def run_checks(run_dir: Path, environ: Mapping[str, str] = os.environ) -> list[Check]:
@@ -79,7 +100,7 @@ def gpu_checks(gpu: Gpu, archs: ArchTable) -> Iterator[Check]:
     yield Check("gpu", "ok", f"{facts.get('name', 'unnamed')}, driver {facts.get('driver_version', 'unknown')}")
     yield arch(facts, archs)
     yield device(facts, archs)
-    yield cuda(facts.get("cuda_driver_version"), torch_cuda())
+    yield cuda(facts.get("cuda_driver_version"), torch_build())
     yield clocks(facts, now)
     yield throttling(now)
     yield persistence(facts)
@@ -127,21 +148,21 @@ def device(facts: Mapping[str, Any], archs: ArchTable) -> Check:
     return Check("device", "ok", "peaks known")
 
 
-def cuda(driver_cuda: str | None, torch: TorchCuda) -> Check:
+def cuda(driver_cuda: str | None, torch: TorchBuild | None) -> Check:
     """Whether the driver runs the CUDA that torch was built for."""
-    if not torch.installed:
+    if torch is None:
         return Check("cuda", "fail", "torch is not installed", "make setup")
     if torch.cuda is None:
-        fix = "make setup TORCH_INDEX_URL=<an index of CUDA wheels of torch>, then once more"
-        return Check("cuda", "fail", "torch is a CPU-only build beside a GPU", fix)
+        fix = "make setup TORCH_INDEX_URL=<an index that has CUDA builds of torch>"
+        return Check("cuda", "fail", f"torch {torch.version} is a CPU-only build beside a GPU", fix)
     if driver_cuda is None:
         return Check("cuda", "unknown", f"torch needs CUDA {torch.cuda}; the driver does not tell its version")
-    found = f"driver: CUDA {driver_cuda}, torch: CUDA {torch.cuda}"
+    found = f"driver: CUDA {driver_cuda}, torch {torch.version}: CUDA {torch.cuda}"
     driver_major, torch_major = int(driver_cuda.split(".")[0]), int(torch.cuda.split(".")[0])
     if driver_major < torch_major:
-        driver = MIN_DRIVER.get(torch_major)
-        newer = f"driver {driver} or newer" if driver else "a newer driver"
-        fix = f"{newer}, or torch for CUDA {driver_major}: make setup TORCH_INDEX_URL=<index of its wheels>"
+        oldest = MIN_DRIVER.get(torch_major)
+        newer = f"driver {oldest} or newer" if oldest else "a newer driver"
+        fix = f"{newer}, or make setup TORCH_INDEX_URL=<an index of torch for CUDA {driver_major}>"
         return Check("cuda", "fail", found, fix)
     return Check("cuda", "ok", found)
 
@@ -299,30 +320,6 @@ def docker(environ: Mapping[str, str] = os.environ) -> Check:
         return Check("docker", "warn", "installed, but its daemon does not answer", fix)
     runtime = "with" if "nvidia" in done.stdout else "without"
     return Check("docker", "ok", f"running, {runtime} the NVIDIA runtime")
-
-
-@dataclass(frozen=True, slots=True)
-class TorchCuda:
-    """The CUDA version that the installed torch was built for, read without importing it."""
-
-    installed: bool
-    cuda: str | None = None
-
-
-def torch_cuda() -> TorchCuda:
-    """Of the torch in this Python environment, from its version.py: importing torch would take seconds."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
-        return TorchCuda(installed=False)
-    file = Path(next(iter(spec.submodule_search_locations))) / "version.py"
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        target = node.target if isinstance(node, ast.AnnAssign) else None
-        if isinstance(node, ast.Assign):
-            target = node.targets[0] if isinstance(node.targets[0], ast.Name) else None
-        if isinstance(target, ast.Name) and target.id == "cuda" and isinstance(node.value, ast.Constant):  # type: ignore[union-attr]
-            value = node.value.value  # type: ignore[union-attr]
-            return TorchCuda(installed=True, cuda=value if isinstance(value, str) else None)
-    return TorchCuda(installed=True)
 
 
 def _enough(name: str, free: int, fail_below: int, warn_below: int, fix: str) -> Check:

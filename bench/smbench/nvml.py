@@ -28,7 +28,7 @@ THROTTLE_REASONS: Mapping[int, str] = {
     0x200: "board_limit",
     0x400: "reliability",
 }
-"""Names of the bits of NVML's clock event reasons (nvml.h). Literal, since older bindings lack some of the constants."""
+"""Names of the bits of NVML's clock event reasons (nvml.h). Literal, since older bindings lack some constants."""
 
 
 class NvmlUnavailable(Exception):
@@ -108,12 +108,15 @@ def fixed_facts(gpu: Gpu) -> dict[str, Any]:
 def instant(gpu: Gpu) -> dict[str, Any]:
     """What changes, as of now. Absent keys could not be read.
 
-    `power_w` is the driver's own reading, on most cards an average over about the last second. `utilization_fraction`
+    `power_w` is the driver's own reading, on most cards an average over about the last second (an H200 shows a new load
+    in full only after 1.1 s). `utilization_fraction`
     is the share of the driver's last sampling period in which some kernel ran, not how busy that kernel kept the GPU.
     """
     library = gpu.library
     sm, memory = getattr(library, "NVML_CLOCK_SM", 1), getattr(library, "NVML_CLOCK_MEM", 2)
     celsius = getattr(library, "NVML_TEMPERATURE_GPU", 0)
+    # version 1 counts what the driver keeps for itself as used: 0.6 GiB on an idle H200
+    memory_version = (library.nvmlMemory_v2,) if hasattr(library, "nvmlMemory_v2") else ()
     # the function was renamed; older drivers and bindings have only the first name
     reasons = "nvmlDeviceGetCurrentClocksEventReasons"
     if not hasattr(library, reasons):
@@ -125,14 +128,14 @@ def instant(gpu: Gpu) -> dict[str, Any]:
         "temperature_c": (int, "nvmlDeviceGetTemperature", (celsius,)),
         "throttle_reason_bits": (int, reasons, ()),
         "utilization_fraction": (lambda rates: rates.gpu / 100, "nvmlDeviceGetUtilizationRates", ()),
-        "memory_used_bytes": (lambda info: int(info.used), "nvmlDeviceGetMemoryInfo", ()),
+        "memory_used_bytes": (lambda info: int(info.used), "nvmlDeviceGetMemoryInfo", memory_version),
     }
     values = {name: _read(gpu, name, *reader) for name, reader in readers.items()}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def other_processes(gpu: Gpu, own_pid: int | None = None) -> dict[str, int]:
-    """How many compute processes hold the GPU beside `own_pid` (this one by default) and its children; and their memory.
+    """How many compute processes hold the GPU beside `own_pid` (default: this one) and its children, and their memory.
 
     Keys: `compute_processes` (all), `other_processes`, `other_memory_bytes`. In a container the driver names processes
     by numbers that mean nothing inside: `other_processes` is then absent, since nobody can say which of them is ours.

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from smbench.cell import AxisValue, Cell
 from smbench.errors import CorruptError, UsageError
@@ -78,11 +78,27 @@ class Estimate(Table):
     source: str
 
 
+def _axis_values(value: Any) -> Any:
+    """Explain in one line what a union's validation would say in three."""
+    entries = value if isinstance(value, list) else [value]
+    for entry in entries:
+        # True is an int to Python, and no value of an axis
+        if not isinstance(entry, int | str) or isinstance(entry, bool):
+            raise ValueError(f"an axis takes integers and strings, found {entry!r}")
+    return value
+
+
+def _axis(value: Any) -> Any:
+    if not isinstance(value, list | str):
+        raise ValueError(f"an axis is a list of values or the name of a list in [values], found {value!r}")
+    return _axis_values(value)
+
+
 class Grid(Table):
     """`[[profile.<name>.grid]]`: the product of axes for some operations."""
 
     ops: Annotated[list[str], Field(min_length=1)]
-    axes: dict[str, list[AxisValue] | str]
+    axes: dict[str, Annotated[list[AxisValue] | str, BeforeValidator(_axis)]]
     """Each axis is a list of values, or the name of a list in `[values]`."""
 
 
@@ -120,7 +136,7 @@ class Recipe(Table):
     """The measure that summaries and the first plots show."""
     published: list[str] = []
     """Files in `recipes/published/` that the report shows beside the measured numbers."""
-    values: dict[str, Annotated[list[AxisValue], Field(min_length=1)]] = {}
+    values: dict[str, Annotated[list[AxisValue], Field(min_length=1), BeforeValidator(_axis_values)]] = {}
     """Named lists of axis values."""
     providers: Annotated[dict[str, ProviderRow], Field(min_length=1)]
     profile: Annotated[dict[str, Profile], Field(min_length=1)]
@@ -145,6 +161,8 @@ class Recipe(Table):
             if len(set(names)) != len(names):
                 raise ValueError(f"{at}.measure: names repeat: {', '.join(names)}")
         _require(self.baseline, self.providers, "baseline", "provider")
+        measures = {measure.name: measure for profile in self.profile.values() for measure in profile.measure}
+        _require(self.headline, measures, "headline", "measure")
         return self
 
     def cells(self, profile: str) -> list[Cell]:

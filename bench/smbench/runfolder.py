@@ -28,6 +28,8 @@ from smbench.result import FORMAT, AnyRecord, Environment, Record, Result, Sessi
 
 _Model = TypeVar("_Model", bound=Record)
 _RECORD: TypeAdapter[Result | Environment | Session] = TypeAdapter(AnyRecord)
+TEMPORARY = ".tmp"
+"""Suffix of a file while it is written."""
 
 
 class RunFile(Record):
@@ -72,7 +74,7 @@ def create(folder: Path, recipe_text: bytes, recipe_name: str, profile: str, cel
         for key, wanted, present in (
             ("recipe", recipe_name, found.recipe),
             ("profile", profile, found.profile),
-            ("recipe.toml", recipe_text, (folder / "recipe.toml").read_bytes()),
+            ("recipe.toml", recipe_text, _read(folder / "recipe.toml")),
             ("plan.json", tuple(cells), _read_json(folder / "plan.json", PlanFile).cells),
         ):
             if wanted != present:
@@ -81,14 +83,17 @@ def create(folder: Path, recipe_text: bytes, recipe_name: str, profile: str, cel
                     f"{folder} holds a run with {what}; choose another folder with OUT=, or remove that one"
                 )
         return
+    files = {
+        "recipe.toml": recipe_text,
+        "plan.json": _pretty(PlanFile(format=FORMAT, cells=tuple(cells))),
+        # last, so that a folder with run.json is complete
+        "run.json": _pretty(RunFile(format=FORMAT, recipe=recipe_name, profile=profile, smbench_version=__version__)),
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    if any(path.name not in (".lock", "logs") for path in folder.iterdir()):
+    if not all(_is_left_over(path, files) for path in folder.iterdir()):
         raise UsageError(f"{folder} is not empty and not a run folder (no run.json); choose another with OUT=")
-    _write(folder / "recipe.toml", recipe_text)
-    _write(folder / "plan.json", _pretty(PlanFile(format=FORMAT, cells=tuple(cells))))
-    run_file = RunFile(format=FORMAT, recipe=recipe_name, profile=profile, smbench_version=__version__)
-    # last, so that a folder with run.json is complete
-    _write(folder / "run.json", _pretty(run_file))
+    for name, data in files.items():
+        _write(folder / name, data)
 
 
 def load(folder: Path) -> Run:
@@ -97,7 +102,7 @@ def load(folder: Path) -> Run:
         raise UsageError(f"{folder} is not a run folder: it has no run.json")
     run = _read_json(folder / "run.json", RunFile)
     cells = _read_json(folder / "plan.json", PlanFile).cells
-    loaded = recipe.parse((folder / "recipe.toml").read_bytes(), f"{folder.name}/recipe.toml")
+    loaded = recipe.parse(_read(folder / "recipe.toml"), f"{folder.name}/recipe.toml")
     results: dict[str, Result] = {}
     environments: dict[str, Environment] = {}
     sessions: list[Session] = []
@@ -125,13 +130,18 @@ def load(folder: Path) -> Run:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for one run. UsageError when another process holds it; the lock dies with its holder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Hold the folder for one run; the lock dies with its holder.
+
+    UsageError when another process holds it, or when nothing can be written there.
+    """
     lock = FileLock(folder / ".lock")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout as error:
         raise UsageError(f"another run is using {folder}; wait for it, or choose another folder with OUT=") from error
+    except OSError as error:
+        raise UsageError(f"{folder} cannot hold a run: {error.strerror}; choose another folder with OUT=") from error
     try:
         yield
     finally:
@@ -158,7 +168,7 @@ class Appender:
             self._file.close()
 
     def append(self, record: Result | Environment | Session) -> None:
-        """Write one line. On a full disk the half line is taken back, so the file stays whole, and OSError is raised."""
+        """Write one line, whole or not at all: on a full disk the half line is taken back and OSError is raised."""
         if self._file is None:
             raise RuntimeError("append outside of the with block")
         line = (record.model_dump_json() + "\n").encode()
@@ -168,7 +178,8 @@ class Appender:
             while written < len(line):
                 written += self._file.write(line[written:]) or 0
             os.fsync(self._file.fileno())
-        except OSError:
+        # Ctrl-C between two halves of a line, too
+        except BaseException:
             self._file.truncate(start)
             raise
 
@@ -206,16 +217,28 @@ def _records(path: Path, warnings: list[str]) -> Iterator[Result | Environment |
 
 
 def _read_json(path: Path, model: type[_Model]) -> _Model:
+    text = _read(path)
     try:
-        text = path.read_bytes()
         version = json.loads(text).get("format")
         if isinstance(version, int) and version > FORMAT:
             raise CorruptError(f"{path}: format {version} is newer than this smbench reads ({FORMAT}); update smbench")
         return model.model_validate_json(text)
-    except FileNotFoundError as error:
-        raise CorruptError(f"{path} is missing") from error
     except (ValidationError, ValueError, AttributeError) as error:
         raise CorruptError(f"{path}: {error}") from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise CorruptError(f"{path} is missing") from error
+
+
+def _is_left_over(path: Path, files: Mapping[str, bytes]) -> bool:
+    """Whether a file in a folder without run.json is from a run that was killed while it made the folder."""
+    if path.name in files:
+        return path.is_file() and path.read_bytes() == files[path.name]
+    return path.name in (".lock", "logs", *(name + TEMPORARY for name in files))
 
 
 def _pretty(model: Record) -> bytes:
@@ -224,7 +247,7 @@ def _pretty(model: Record) -> bytes:
 
 def _write(path: Path, data: bytes) -> None:
     """Replace a file in one step."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + TEMPORARY)
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()

@@ -123,19 +123,19 @@ class _RunSession:
         fruitless = 0
         while waiting:
             done = self._one_worker(waiting)
+            waiting = [entry for entry in waiting if entry.cell.cell_id not in done]
             fruitless = 0 if done else fruitless + 1
             if fruitless == MOST_STARTS_WITHOUT_RESULT:
                 raise WorkerCannotStart(
                     f"the worker stopped {fruitless} times before its first result; its last words: {self._last_words}"
                 )
-            waiting = waiting[done:]
 
-    def _one_worker(self, waiting: Sequence[Planned]) -> int:
-        """Run one process over the waiting cells; how many of them got a result."""
+    def _one_worker(self, waiting: Sequence[Planned]) -> set[str]:
+        """Run one process over the waiting cells; the cell_ids that got a result."""
         entries = {entry.cell.cell_id: entry for entry in waiting}
         began = time.monotonic()
         self.tally.workers += 1
-        done = 0
+        done: set[str] = set()
         at_hand: Planned | None = None
         environment_id: str | None = None
         started_at = _now()
@@ -153,7 +153,7 @@ class _RunSession:
                         case "result":
                             self._record(_result(entries[event["cell_id"]], event, environment_id))
                             at_hand = None
-                            done += 1
+                            done.add(event["cell_id"])
             except Refused as refusal:
                 raise UsageError(f"recipe {self._plan.recipe.name!r}: " + "; ".join(refusal.errors)) from refusal
             except WorkerStopped as stopped:
@@ -161,7 +161,7 @@ class _RunSession:
                 if at_hand is not None:
                     result = _without_number(at_hand, stopped.status, stopped.reason, environment_id, started_at)
                     self._record(result)
-                    done += 1
+                    done.add(at_hand.cell.cell_id)
         return done
 
     def _request(self, entries: Sequence[Planned]) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def _result(entry: Planned, event: Mapping[str, Any], environment_id: str | None
         fault = error.errors()[0]
         where = ".".join(str(part) for part in fault["loc"])
         reason = f"the worker's result breaks its format: {where}: {fault['msg']}"
-        return _without_number(entry, "crashed", reason, environment_id, event["started_at"])
+        return _without_number(entry, "crashed", reason, environment_id)
 
 
 def _without_number(

@@ -6,9 +6,10 @@ Pure selections from an Analysis. Owns no format and no statistics: templates fo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from smbench.analysis import Analysis, Comparison, Row, bandwidth
 from smbench.cell import AxisValue
@@ -287,6 +288,30 @@ class View:
         seconds = max(0.0, split["wall"] - split["kernels"] - split["compile"])
         return Share("harness", seconds, seconds / split["wall"] if split["wall"] else None)
 
+    def wall_s(self) -> float:
+        """Wall clock of all sessions."""
+        return self.analysis.time_split()["wall"]
+
+    def facts(self) -> Mapping[str, list[object]]:
+        """Every recorded fact by its path in the record, with its value in each environment; None where unknown."""
+        leaves = [dict(_leaves(entry.environment)) for entry in self.analysis.environments]
+        paths = dict.fromkeys(path for facts in leaves for path in facts if path not in ("format", "missing"))
+        return {path: [facts.get(path) for facts in leaves] for path in paths}
+
+    def unknown_facts(self) -> list[str]:
+        """Why facts are unknown, each reason once."""
+        reasons = [reason for entry in self.analysis.environments for reason in entry.environment.get("missing", ())]
+        return list(dict.fromkeys(str(reason) for reason in reasons))
+
+    def versions(self, library: str) -> list[str]:
+        """The versions of a library that results were made with, one for all environments as a rule."""
+        found = [entry.environment.get("libraries", {}).get(library) for entry in self.analysis.environments]
+        return list(dict.fromkeys(str(version) for version in found if version is not None))
+
+    def device_names(self) -> list[str]:
+        """The GPUs of the run, or its processors where it has none."""
+        return list(dict.fromkeys(_device_name(entry.environment) for entry in self.analysis.environments))
+
     def calls_per_sample(self, measure: str) -> tuple[int, int] | None:
         """Fewest and most calls that a sample of this measure is the mean of, None where nothing was timed."""
         return _range(m.calls_per_sample for m in self._measurements(measure))
@@ -357,6 +382,21 @@ def grouped(items: Iterable[tuple[str, ...]]) -> list[Grouped]:
 def slug(name: str) -> str:
     """A name that is safe as part of a file name."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", name) or "-"
+
+
+def _leaves(tree: Mapping[str, object], path: str = "") -> Iterator[tuple[str, object]]:
+    """Every value that is no mapping, with the keys that lead to it."""
+    for key, value in tree.items():
+        here = f"{path}.{key}" if path else str(key)
+        if isinstance(value, Mapping):
+            yield from _leaves(value, here)
+        else:
+            yield here, value
+
+
+def _device_name(environment: Mapping[str, Any]) -> str:
+    gpu, cpu = environment.get("gpu") or {}, environment.get("cpu") or {}
+    return str(gpu.get("name") or cpu.get("model") or "unknown device")
 
 
 def _sort_key(value: AxisValue) -> tuple[bool, AxisValue]:

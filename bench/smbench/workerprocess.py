@@ -1,4 +1,4 @@
-"""The host's end of a worker: start it, read its events within time limits, stop it. Owns the process, not the results."""
+"""The host's end of a worker: start it, read its events within limits, stop it. Owns the process, not the results."""
 
 from __future__ import annotations
 
@@ -56,6 +56,8 @@ class WorkerProcess:
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
         self._events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._no_event: bytes | None = None
+        """The whole line that ended the reading because it is no event."""
 
     def __enter__(self) -> Self:
         environment = dict(os.environ)
@@ -86,7 +88,7 @@ class WorkerProcess:
                 self._log.unlink()
 
     def events(self, time_limit_s: float) -> Iterator[dict[str, Any]]:
-        """The worker's events until it is done. Refused, or WorkerStopped after a death or `time_limit_s` in one cell."""
+        """The worker's events until it is done. Refused, or WorkerStopped on death or after `time_limit_s` in a cell."""
         limit_s = START_LIMIT_S
         while True:
             try:
@@ -108,22 +110,28 @@ class WorkerProcess:
 
     def _read(self, stream: IO[bytes]) -> None:
         for line in stream:
-            try:
-                self._events.put(json.loads(line))
-            except json.JSONDecodeError:
-                # half a line: the process died while writing
+            event = _event(line)
+            if event is None:
+                # half a line is no fault of its own: the process died while writing
+                self._no_event = line if line.endswith(b"\n") else None
                 break
+            self._events.put(event)
         self._events.put(None)
 
     def _death(self) -> str:
         assert self._process is not None
+        if self._no_event is not None:
+            return f"the worker wrote a line that is no event: {self._no_event[:LAST_WORDS]!r}"
         try:
             code = self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
             self._kill_group()
             code = self._process.wait()
         cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        words = " ".join(self._log.read_text(encoding="utf-8", errors="replace")[-LAST_WORDS:].split())
+        with self._log.open("rb") as log:
+            # a character has four bytes at most
+            log.seek(max(0, self._log.stat().st_size - 4 * LAST_WORDS))
+            words = " ".join(log.read().decode("utf-8", errors="replace")[-LAST_WORDS:].split())
         return f"the worker died ({cause})" + (f": … {words}" if words else "")
 
     def _kill_group(self) -> None:
@@ -132,3 +140,12 @@ class WorkerProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         except ProcessLookupError:
             return
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """The event that a line holds, None where it holds none."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) and "event" in event else None

@@ -56,6 +56,10 @@ class Tolerance:
     """Bound on the largest single error, in units of the root mean square of the reference."""
 
 
+def _nothing() -> None:
+    """What is left to do after a call that wrote `y` itself."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A provider bound to one set of inputs."""
@@ -68,6 +72,10 @@ class Prepared:
     """`default`, `tuned-exact`, `tuned-nearest: <point>`, `given` or `library`."""
     kernels: Callable[[], Mapping[str, Mapping[str, int]]] = dict
     """After a first run: compiled facts by kernel name (num_warps, num_stages, shared_bytes, registers, spills)."""
+    finish: Callable[[], None] = _nothing
+    """Brings `y` to what the operation defines, where a library leaves its result in a buffer of its own: called once
+    after a `run`, before the comparison, never in a timed interval. An engine reads that buffer where it is, so it would
+    be wrong to charge the library for this."""
 
 
 class Provider(Protocol):
@@ -86,6 +94,8 @@ class Tunable:
     """Like a provider, with the configuration given (`config_source` is `given`)."""
     predict: Callable[[Point, Config, Mapping[str, float]], float]
     """Modelled seconds of one call on a device (keys `sm_count`, `memory_bytes_per_s`, `l2_bytes`), for pruning."""
+    binary: Callable[[Point, Config], str]
+    """What distinguishes compiled kernels: points and configurations with equal strings share all their binaries."""
     precompile: Callable[[Point, Config, int], str]
     """Compile for a compute capability (80, 86, 89, 90) without a GPU, filling Triton's cache; returns the cache key."""
 

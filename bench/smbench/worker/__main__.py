@@ -3,7 +3,8 @@
 Owns the protocol's worker side. Whatever libraries print goes to standard error, which the host keeps as a log.
 
 Events: `ready` (environment, timer checks), `refused` (errors; nothing was measured), `start` (cell_id), `result`,
-`broken` (this process can go on no further), `done`.
+`broken` (this process can go on no further), `done`. A tuning request is answered by `ready`, `compiled`, a `tuned`
+for each point, perhaps a `quality` for some, and `done`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> int:
     if request["protocol"] != PROTOCOL:
         Events(stream).emit("refused", errors=[f"request has protocol {request['protocol']}, this worker {PROTOCOL}"])
         return 2
-    return serve(request, Events(stream))
+    return serve_tuning(request, Events(stream)) if "points" in request else serve(request, Events(stream))
 
 
 def serve(request: dict[str, Any], events: Events) -> int:
@@ -85,6 +86,21 @@ def serve(request: dict[str, Any], events: Events) -> int:
             if runner.broken:
                 events.emit("broken", reason=runner.broken)
                 return 3
+    events.emit("done")
+    return 0
+
+
+def serve_tuning(request: dict[str, Any], events: Events) -> int:
+    """Answer a tuning request: the best configuration of every point."""
+    from smbench.worker import environment
+    from smbench.worker.tune import tune
+
+    facts = environment.capture()
+    events.emit(
+        "ready", environment_id=environment.environment_id(facts), environment=facts, timer_checks=[]
+    )
+    for outcome in tune(request):
+        events.emit(**outcome)
     events.emit("done")
     return 0
 

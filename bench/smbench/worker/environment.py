@@ -32,11 +32,33 @@ IMAGE_FILE = Path("/etc/smbench/image.json")
 """Written into every image by its build: what the image is, since a container cannot see its own digest."""
 
 LIBRARIES = (
-    "torch triton numpy scipy nvidia-ml-py vllm sglang sgl-kernel lmdeploy transformers tensorrt-llm xformers "
-    "flash-attn flashinfer-python auto-gptq gptqmodel nvidia-cublas nvidia-cublas-cu12 nvidia-cudnn-cu12 "
-    "nvidia-cudnn-cu13 nvidia-cuda-runtime nvidia-cuda-runtime-cu12 nvidia-cuda-nvrtc nvidia-cuda-nvrtc-cu12 "
-    "nvidia-nccl-cu12 nvidia-nccl-cu13"
-).split()
+    "auto-gptq",
+    "flash-attn",
+    "flashinfer-python",
+    "gptqmodel",
+    "lmdeploy",
+    "numpy",
+    "nvidia-cublas",
+    "nvidia-cublas-cu12",
+    "nvidia-cuda-nvrtc",
+    "nvidia-cuda-nvrtc-cu12",
+    "nvidia-cuda-runtime",
+    "nvidia-cuda-runtime-cu12",
+    "nvidia-cudnn-cu12",
+    "nvidia-cudnn-cu13",
+    "nvidia-ml-py",
+    "nvidia-nccl-cu12",
+    "nvidia-nccl-cu13",
+    "scipy",
+    "sgl-kernel",
+    "sglang",
+    "tensorrt-llm",
+    "torch",
+    "transformers",
+    "triton",
+    "vllm",
+    "xformers",
+)
 """Distributions whose version can move a number."""
 
 _FLAG = r"(?i:0|1|true|false|on|off|yes|no)"

@@ -129,14 +129,16 @@ class OpRunner:
         verdict = Verdict(op.tolerance(job.axes))
         with _phase(phases, "check"):
             prepared = prepare(job.axes, buffers)
-            examine(verdict, prepared.run, buffers, data.truths[0], "first inputs")
+            examine(verdict, _complete(prepared.run, prepared), buffers, data.truths[0], "first inputs")
         work = op.work(job.axes, data.truths[0].inputs)
         timings: dict[str, Timing] = {}
         if verdict.passed and job.untimed_reason is None:
             timings = self._time(data, prepare, job.axes, prepared, phases)
         with _phase(phases, "check"):
+            # captured before the inputs are there: work that is done while capturing, and not by the replay, shows
+            replay = self._replayed(prepared)
             restore(buffers, data.truths[1])
-            examine(verdict, self._replayed(prepared), buffers, data.truths[1], "second inputs")
+            examine(verdict, _complete(replay, prepared), buffers, data.truths[1], "second inputs")
         return {
             "check": verdict.record(),
             "work": {"bytes": work.bytes, "flops": work.flops},
@@ -214,7 +216,10 @@ class OpRunner:
         """One call, on a GPU through a captured graph: what is timed is what is checked."""
         if self.stream is None:
             return prepared.run
-        return capture([prepared.run], self.stream).replay
+        replay: Callable[[], None] = capture([prepared.run], self.stream).replay
+        # of the whole device: stray work on another stream must land before the inputs are restored, not after
+        torch.cuda.synchronize(self._device)
+        return replay
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
@@ -231,6 +236,16 @@ class OpRunner:
                 torch.cuda.synchronize()
             except RuntimeError as error:
                 self.broken = _first_line(error)
+
+
+def _complete(call: Callable[[], None], prepared: Prepared) -> Callable[[], None]:
+    """A call with what the operation's definition adds to it, untimed."""
+
+    def complete() -> None:
+        call()
+        prepared.finish()
+
+    return complete
 
 
 @contextmanager

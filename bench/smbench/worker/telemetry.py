@@ -6,6 +6,8 @@ readings go out as they came in.
 
 from __future__ import annotations
 
+import bisect
+import math
 import os
 import threading
 import time
@@ -56,8 +58,8 @@ class Sampler:
         self._gpu = gpu
         self._period_s = period_s
         self._clock = clock
-        self._readings: list[tuple[float, dict[str, Any]]] = []
-        self._processes: list[tuple[float, dict[str, int]]] = []
+        self._readings = _Series()
+        self._processes = _Series()
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -84,9 +86,9 @@ class Sampler:
         """Take one reading into the record now."""
         with self._lock:
             time_s = self._clock()
-            self._readings.append((time_s, instant(self._gpu)))
-            if not self._processes or time_s - self._processes[-1][0] >= PROCESSES_PERIOD_S:
-                self._processes.append((time_s, other_processes(self._gpu)))
+            self._readings.append(time_s, instant(self._gpu))
+            if time_s - self._processes.last_s >= PROCESSES_PERIOD_S:
+                self._processes.append(time_s, dict(other_processes(self._gpu)))
 
     def now(self) -> dict[str, Any]:
         """One reading as of now, outside the record: the fields of nvml.instant and nvml.other_processes."""
@@ -104,11 +106,11 @@ class Sampler:
         """
         if end_s < start_s:
             raise ValueError(f"the interval ends before it begins: {start_s} > {end_s}")
-        if not self._readings or self._readings[-1][0] < start_s:
+        if self._readings.last_s < start_s:
             self.sample()
         with self._lock:
-            readings = _around(self._readings, start_s, end_s)
-            processes = _around(self._processes, start_s, end_s)
+            readings = self._readings.around(start_s, end_s)
+            processes = self._processes.around(start_s, end_s)
             missing = dict(self._gpu.missing)
         found: dict[str, Any] = {"period_s": self._period_s, "time_s": [time_s - start_s for time_s, _ in readings]}
         for column in COLUMNS:
@@ -171,11 +173,25 @@ class NullSampler:
         """Nothing to stop."""
 
 
-def _around(record: list[tuple[float, Any]], start_s: float, end_s: float) -> list[tuple[float, Any]]:
-    """The entries within the interval; where there are none, the last one before and the first one after it."""
-    inside = [entry for entry in record if start_s <= entry[0] <= end_s]
-    if inside:
-        return inside
-    before = [entry for entry in record if entry[0] < start_s][-1:]
-    after = [entry for entry in record if entry[0] > end_s][:1]
-    return before + after
+class _Series:
+    """Values in the order of their times. Thousands of cells look into one long session: hence the bisection."""
+
+    def __init__(self) -> None:
+        self._times_s: list[float] = []
+        self._values: list[dict[str, Any]] = []
+
+    @property
+    def last_s(self) -> float:
+        """Time of the newest value, minus infinity before the first."""
+        return self._times_s[-1] if self._times_s else -math.inf
+
+    def append(self, time_s: float, value: dict[str, Any]) -> None:
+        self._times_s.append(time_s)
+        self._values.append(value)
+
+    def around(self, start_s: float, end_s: float) -> list[tuple[float, dict[str, Any]]]:
+        """The values within an interval; where there are none, the last one before and the first one after it."""
+        first, last = bisect.bisect_left(self._times_s, start_s), bisect.bisect_right(self._times_s, end_s)
+        if first == last:
+            first, last = max(0, first - 1), last + 1
+        return list(zip(self._times_s[first:last], self._values[first:last], strict=True))

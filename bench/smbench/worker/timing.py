@@ -15,6 +15,9 @@ import torch
 
 Call = Callable[[], None]
 
+DIGITS = 11
+"""Decimals of a stored sample: 10 ps, far below what any event resolves."""
+
 FLUSH_FACTOR = 3
 """The flush reads this many times the L2's size: reading leaves clean lines, so no write-back falls into the sample."""
 
@@ -94,19 +97,14 @@ def measure(spec: Spec, calls: Sequence[Call], stream: torch.cuda.Stream, flush:
         raise ValueError(f"timing method {spec.method!r} is none of a GPU's: graph, event")
     capture_s = time.perf_counter() - began
     per_sample = len(body) * spec.replays
+    eviction = flush if cold else None
     with torch.cuda.stream(stream):
-        first = _sample(once, spec.replays, flush if cold else None)
-        stream.synchronize()
-        # the whole sample including its flush counts against the window
-        cost_s = max(_seconds(first[0], first[2]), 1e-7)
-        wanted = int(spec.window_s / cost_s)
-        count = min(spec.samples, max(spec.min_samples, wanted))
-        events = [first]
-        events += [_sample(once, spec.replays, flush if cold else None) for _ in range(spec.warmup + count - 1)]
-        stream.synchronize()
-    times = [_seconds(start, end) / per_sample for _, start, end in events]
-    busy_s = cost_s + (_seconds(events[1][0], events[-1][2]) if len(events) > 1 else 0.0)
-    return Timing(per_sample, times[: spec.warmup], times[spec.warmup :], busy_s, capture_s)
+        # the first sample tells how many fit the window, its flush included
+        first, cost_s = sample(once, spec.replays, eviction, 1, stream)
+        count = min(spec.samples, max(spec.min_samples, int(spec.window_s / max(cost_s, 1e-7))))
+        rest, rest_s = sample(once, spec.replays, eviction, spec.warmup + count - 1, stream)
+    times = [round(elapsed_s / per_sample, DIGITS) for elapsed_s in first + rest]
+    return Timing(per_sample, times[: spec.warmup], times[spec.warmup :], cost_s + rest_s, capture_s)
 
 
 def measure_wall(spec: Spec, call: Call) -> Timing:
@@ -118,24 +116,32 @@ def measure_wall(spec: Spec, call: Call) -> Timing:
         for _ in range(spec.calls * spec.replays):
             call()
         end = time.perf_counter()
-        times.append((end - start) / (spec.calls * spec.replays))
+        times.append(round((end - start) / (spec.calls * spec.replays), DIGITS))
         if end - began > spec.window_s and len(times) >= spec.warmup + spec.min_samples:
             break
     busy_s = time.perf_counter() - began
     return Timing(spec.calls * spec.replays, times[: spec.warmup], times[spec.warmup :], busy_s, 0.0)
 
 
-def _sample(once: Call, replays: int, flush: Flush | None) -> tuple[Any, Any, Any]:
-    """Enqueue one sample; events before the flush, before and after the timed part."""
-    before, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-    before.record()
-    if flush:
-        flush()
-    start.record()
-    for _ in range(replays):
-        once()
-    end.record()
-    return before, start, end
+def sample(
+    once: Call, replays: int, flush: Flush | None, count: int, stream: torch.cuda.Stream
+) -> tuple[list[float], float]:
+    """Take `count` samples on the current stream; their elapsed seconds, and the device time of all with flushes.
+
+    All samples are enqueued before the first is read: the device never waits for the host between them.
+    """
+    marks = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(3)) for _ in range(count)]
+    for before, start, end in marks:
+        before.record()
+        if flush:
+            flush()
+        start.record()
+        for _ in range(replays):
+            once()
+        end.record()
+    stream.synchronize()
+    elapsed = [_seconds(start, end) for _, start, end in marks]
+    return elapsed, _seconds(marks[0][0], marks[-1][2]) if marks else 0.0
 
 
 def _seconds(start: Any, end: Any) -> float:

@@ -1,0 +1,335 @@
+"""What the report of document 000 says beyond tables of times: published numbers, defects with their evidence.
+
+Pure values from a View and the published numbers. Owns no words and no format: those are in the template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from smbench.analysis import Comparison, Row
+from smbench.cell import AxisValue
+from smbench.published import Published
+from smbench.recipe import MeasureRow
+from smbench.stats import geometric_mean
+from smbench.views import Axes, Plot, Versus, View
+
+SPLIT_HIDDEN_SIZE = 10240
+"""The document stops at this size for sgmv, and its ratios differ below and above it."""
+WIDE_HIDDEN_SIZE = 102656
+"""From here on a later report has sgmv_expand failing with triton 3.0.0."""
+FASTEST = "fastest peer"
+
+
+@dataclass(frozen=True, slots=True)
+class Halves:
+    """A line of the table of small and large hidden sizes."""
+
+    provider: str
+    subject: str
+    sizes: str
+    """`small` or `large`, by SPLIT_HIDDEN_SIZE."""
+    line: Versus
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedRatio:
+    """Geometric means over one group of points: on the published card, and the same ratio of roles here."""
+
+    group: Axes
+    config: str
+    there: Mapping[str, tuple[int, float] | None]
+    """By published peer: number of points, time of the peer over time of the document's kernel."""
+    here: Mapping[str, Comparison | None]
+    """By peer of this run, at the same points."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """So many of so many."""
+
+    count: int
+    of: int
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A run of the recipe of document 000, asked for what its report claims."""
+
+    view: View
+    published: Published | None
+
+    @property
+    def families(self) -> Mapping[str, list[str]]:
+        """`bgmv` and `sgmv`, each with its operations in the plan."""
+        found: dict[str, list[str]] = {}
+        for subject in self.view.analysis.subjects():
+            found.setdefault(subject.partition("_")[0], []).append(subject)
+        return found
+
+    @cached_property
+    def columns(self) -> Mapping[str, Sequence[str]]:
+        """What a summary compares with: each peer, the fastest of them, and our default configuration."""
+        peers = {self.view.title(name): [name] for name in self.view.peers}
+        fastest = {FASTEST: self.view.peers} if len(self.view.peers) > 1 else {}
+        default = self.view.default
+        own = {self.view.title(default): [default]} if default and default != self.view.best else {}
+        return {**peers, **fastest, **own}
+
+    def overall(self, measure: str) -> Mapping[str, Versus]:
+        """One line for each operation: our best against each column over all its points."""
+        best = self.view.best
+        if best is None:
+            return {}
+        lines = {
+            subject: self.view.versus(best, subject, measure, self.columns)
+            for subject in self.view.analysis.subjects()
+        }
+        return {subject: found[0] for subject, found in lines.items() if found}
+
+    def by_batch(self, subject: str, measure: str) -> list[Versus]:
+        """One line for each length and batch size."""
+        best = self.view.best
+        by = [axis for axis in self.view.varying(subject) if axis != "hidden_size"]
+        return self.view.versus(best, subject, measure, self.columns, by) if best else []
+
+    def halves(self, measure: str) -> list[Halves]:
+        """Our default and tuned configurations at hidden sizes up to the split and above it."""
+        found = []
+        for subject in self.view.analysis.subjects():
+            for provider in (self.view.default, self.view.tuned):
+                for sizes in ("small", "large"):
+                    lines = (
+                        self.view.versus(provider, subject, measure, self.columns, (), lambda a, s=sizes: _is(s, a))
+                        if provider
+                        else []
+                    )
+                    found += [
+                        Halves(provider or "", subject, sizes, line) for line in lines if any(line.comparisons.values())
+                    ]
+        return found
+
+    def tuning(self, measure: str) -> Mapping[str, Comparison]:
+        """By operation: the tuned configuration against the default one."""
+        tuned, default = self.view.tuned, self.view.default
+        if tuned is None or default is None:
+            return {}
+        found = {
+            subject: self.view.analysis.compare(self.view.rows(tuned, subject), default, measure)
+            for subject in self.view.analysis.subjects()
+        }
+        return {subject: comparison for subject, comparison in found.items() if comparison}
+
+    @cached_property
+    def warm_and_cold(self) -> tuple[MeasureRow, MeasureRow] | None:
+        """The measures with a warm and with a cold L2, None where the profile does not have both."""
+        measures = self.view.analysis.profile.measure
+        warm = next((m for m in measures if m.l2 == "warm"), None)
+        cold = next((m for m in measures if m.l2 == "cold"), None)
+        return (warm, cold) if warm and cold else None
+
+    def cold_over_warm(self, subject: str, provider: str, sizes: str) -> tuple[int, float] | None:
+        """Points and geometric mean of cold over warm time, at small or large hidden sizes."""
+        if self.warm_and_cold is None:
+            return None
+        warm, cold = self.warm_and_cold
+        rows = self.view.rows(provider, subject, lambda axes: _is(sizes, axes))
+        return self.view.analysis.measure_ratio(rows, cold.name, warm.name)
+
+    @cached_property
+    def published_measure(self) -> MeasureRow | None:
+        """The measure that times as the published numbers were timed; no other may stand beside them."""
+        if self.published is None:
+            return None
+        protocol = self.published.protocol
+        return next(
+            (
+                measure
+                for measure in self.view.analysis.profile.measure
+                if measure.method == protocol.get("method") and measure.l2 == protocol.get("l2")
+            ),
+            None,
+        )
+
+    @cached_property
+    def _published(self) -> Mapping[tuple[str, tuple[tuple[str, AxisValue], ...]], Mapping[tuple[str, str], float]]:
+        """By operation and point, then by provider and configuration: seconds."""
+        found: dict[tuple[str, tuple[tuple[str, AxisValue], ...]], dict[tuple[str, str], float]] = {}
+        for point in self.published.points() if self.published else ():
+            axes = {name: value for name, value in point.at.items() if name not in ("op", "provider", "config")}
+            key = str(point.at["op"]), tuple(sorted(axes.items()))
+            found.setdefault(key, {})[str(point.at["provider"]), str(point.at["config"])] = point.value
+        return found
+
+    @property
+    def published_peers(self) -> list[str]:
+        """The implementations that the document compared its kernels with."""
+        return [name for name in (self.published.legend if self.published else ()) if name != "jee"]
+
+    def published_seconds(self, subject: str, point: Axes, provider: str, config: str) -> float | None:
+        """The published time at the very same point, None where there is none."""
+        return self._published.get((subject, tuple(sorted(point.items()))), {}).get((provider, config))
+
+    def published_configs(self, subject: str) -> list[str]:
+        """The configurations of the document's kernel that were published for points of this run."""
+        points = [self._published.get((subject, tuple(sorted(p.items()))), {}) for p in self.view.points(subject)]
+        return [config for config in ("default", "tuned") if any(("jee", config) in point for point in points)]
+
+    def published_points(self, subject: str) -> list[Axes]:
+        """The telling points that have published numbers."""
+        return [
+            point
+            for point in self.view.telling_points(subject)
+            if (subject, tuple(sorted(point.items()))) in self._published
+        ]
+
+    def published_ratios(self, subject: str) -> list[PublishedRatio]:
+        """By configuration, length and batch: how the peers' times related to ours there and relate here."""
+        measure = self.published_measure
+        by = [axis for axis in self.view.varying(subject) if axis != "hidden_size"]
+        found = []
+        for config in self.published_configs(subject) if measure else ():
+            provider = self.view.tuned if config == "tuned" else self.view.default
+            groups: dict[tuple[AxisValue, ...], list[Axes]] = {}
+            for point in self.view.points(subject):
+                if self.published_seconds(subject, point, "jee", config) is not None:
+                    groups.setdefault(tuple(point[axis] for axis in by), []).append(point)
+            for key, points in sorted(groups.items()):
+                there = {peer: self._there(subject, points, peer, config) for peer in self.published_peers}
+                here = self._here(subject, points, provider, measure) if measure else {}
+                found.append(PublishedRatio(dict(zip(by, key, strict=True)), config, there, here))
+        return found
+
+    def _there(self, subject: str, points: Sequence[Axes], peer: str, config: str) -> tuple[int, float] | None:
+        pairs = [
+            (
+                self.published_seconds(subject, point, peer, config),
+                self.published_seconds(subject, point, "jee", config),
+            )
+            for point in points
+        ]
+        ratios = [theirs / ours for theirs, ours in pairs if theirs and ours]
+        return (len(ratios), geometric_mean(ratios)) if ratios else None
+
+    def _here(
+        self, subject: str, points: Sequence[Axes], provider: str | None, measure: MeasureRow
+    ) -> Mapping[str, Comparison | None]:
+        found = [self.view.analysis.row(subject, provider, **point) for point in points] if provider else []
+        rows = [row for row in found if row]
+        return {peer: self.view.analysis.compare(rows, peer, measure.name) for peer in self.view.peers}
+
+    def plots(self) -> list[Plot]:
+        """The figures of the report."""
+        measure = self.published_measure
+        beside = [
+            Plot("published", f"{subject}_published.png", measure, (subject,))
+            for subject in self.view.analysis.subjects()
+            if measure
+            and self.published_configs(subject)
+            and any(row.summary(measure.name) for p in self.view.providers for row in self.view.rows(p, subject))
+        ]
+        return [*self.view.plots(), *beside]
+
+    # the evidence behind "how this run cures them"
+
+    @property
+    def _ours(self) -> list[Row]:
+        return [row for p in (self.view.default, self.view.tuned) if p for row in self.view.rows(p)]
+
+    def tuned_sources(self) -> Mapping[str, Counted]:
+        """Of the tuned cells that ran: how many had a configuration tuned for that very point, how many another's."""
+        rows = [row for row in self.view.rows(self.view.tuned)] if self.view.tuned else []
+        ran = [row.result.selection for row in rows if row.result and row.result.selection]
+        return {
+            source: Counted(sum(selection.source.startswith(source) for selection in ran), len(ran))
+            for source in ("tuned-exact", "tuned-nearest")
+        }
+
+    def timed_of(self, subjects: Sequence[str]) -> Counted:
+        """Cells with a number, of those planned for some operations."""
+        rows = [row for row in self.view.analysis.rows if row.cell.subject in subjects]
+        return Counted(sum(bool(row.summaries) for row in rows), len(rows))
+
+    def published_slower(self) -> Counted:
+        """Of the published shrink points that have both: those where the document's kernel is slower when tuned."""
+        pairs = [
+            (times["jee", "tuned"], times["jee", "default"])
+            for (subject, _), times in self._published.items()
+            if subject.endswith("_shrink") and {("jee", "tuned"), ("jee", "default")} <= times.keys()
+        ]
+        return Counted(sum(tuned > default for tuned, default in pairs), len(pairs))
+
+    def refuted(self, guard: str) -> int:
+        """Cells that a guard refuted."""
+        return sum(f.guard == guard and f.severity == "refuted" for f in self.view.analysis.findings)
+
+    def axis(self, name: str) -> list[AxisValue]:
+        """The values that an axis takes in this run."""
+        return self.view.analysis.axis_values(name)
+
+    def checked(self) -> Counted:
+        """Cells whose output passed the comparison with the reference, of all that ran one."""
+        checks = [row.result.check for row in self.view.analysis.rows if row.result and row.result.check]
+        return Counted(sum(check.passed for check in checks), len(checks))
+
+    def check_rounds(self) -> tuple[int, int] | None:
+        """Fewest and most sets of fresh inputs behind a passed check."""
+        rounds = [r.result.check.rounds for r in self.view.analysis.rows if r.result and r.result.check]
+        return (min(rounds), max(rounds)) if rounds else None
+
+    def worst_error(self) -> tuple[float, float] | None:
+        """The relative error closest to its bound among passed checks, with that bound."""
+        checks = [row.result.check for row in self.view.analysis.rows if row.result and row.result.check]
+        errors = [
+            (check.relative_error / check.relative_bound, check.relative_error, check.relative_bound)
+            for check in checks
+            if check.passed and check.relative_error is not None
+        ]
+        return max(errors)[1:] if errors else None
+
+    def longest(self) -> Mapping[str, Counted]:
+        """Each provider at the longest sequences of sgmv: cells that passed the check, of those planned."""
+        lengths = [value for value in self.axis("seq_len") if isinstance(value, int)]
+        return {
+            provider: self._passed([row for row in self.view.rows(provider) if _longest(row, max(lengths))])
+            for provider in self.view.providers
+            if lengths
+        }
+
+    def wide(self) -> Counted:
+        """Our cells at the widest hidden sizes that passed the check, of those that were planned."""
+        return self._passed([row for row in self._ours if _int(row.cell.axes, "hidden_size") >= WIDE_HIDDEN_SIZE])
+
+    def split_accumulation(self) -> Counted:
+        """Our shrink cells whose configuration splits the sum over several programs, of those that ran."""
+        ran = [
+            row.result.selection.config
+            for row in self._ours
+            if row.cell.subject.endswith("_shrink") and row.result and row.result.selection
+        ]
+        return Counted(sum(config.get("SPLIT_K", 1) > 1 for config in ran), len(ran))
+
+    def hidden_sizes(self) -> Counted:
+        """Hidden sizes in the figures, of those planned: every one is plotted."""
+        planned = self.axis("hidden_size")
+        seen = {row.cell.axes["hidden_size"] for row in self.view.analysis.rows if row.summaries}
+        return Counted(len(seen), len(planned))
+
+    def _passed(self, rows: Sequence[Row]) -> Counted:
+        return Counted(self.view.count(rows, "ok", "verified"), len(rows))
+
+
+def _int(axes: Axes, name: str) -> int:
+    value = axes.get(name, 0)
+    return value if isinstance(value, int) else 0
+
+
+def _is(sizes: str, axes: Axes) -> bool:
+    """Whether a point's hidden size is `small` or `large`."""
+    return (_int(axes, "hidden_size") <= SPLIT_HIDDEN_SIZE) == (sizes == "small")
+
+
+def _longest(row: Row, length: int) -> bool:
+    return row.cell.subject.startswith("sgmv") and row.cell.axes.get("seq_len") == length

@@ -1,0 +1,180 @@
+"""Finds launch parameters on the device at hand: compile ahead on all cores, then search point by point.
+
+Owns the clock that the search asks: every candidate passes the correctness gate before it is timed, cold L2, by graph
+replay. Owns no file: outcomes go to the host as events.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from smbench_kernels.op import Config, Inputs, Op, Point, Tunable, UnsupportedPoint
+from smbench_kernels.registry import op as find_op
+from smbench_kernels.tune import FINAL_SAMPLES, Choice, search
+from triton.runtime.errors import OutOfResources
+
+from smbench.worker.gate import Truth, Verdict, examine, restore
+from smbench.worker.timing import Flush, capture, sample
+
+WINDOW_S = 100e-6
+"""A graph holds as many calls, each on buffers of its own, as fill about this time."""
+CALLS = 12
+SET_BYTES = 2 << 30
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """A configuration that is right and captured, ready to be timed again."""
+
+    replay: Callable[[], None]
+    calls: int
+
+
+class PointClock:
+    """Times configurations of one point."""
+
+    def __init__(
+        self, op: Op, tunable: Tunable, point: Point, seed: int, stream: torch.cuda.Stream, flush: Flush
+    ) -> None:
+        self._op, self._tunable, self._point = op, tunable, point
+        self._stream, self._flush = stream, flush
+        self._truth = Truth.of(op, point, op.make_inputs(point, seed, stream.device))
+        self._sets = [self._clone()]
+        self._captured: dict[tuple[tuple[str, int], ...], _Candidate | None] = {}
+
+    def __call__(self, config: Config, samples: int) -> float | None:
+        """Median seconds over so many samples; None where the output is wrong or the configuration does not launch."""
+        key = tuple(sorted(config.items()))
+        if key not in self._captured:
+            self._captured[key] = self._capture(config)
+        candidate = self._captured[key]
+        if candidate is None:
+            return None
+        elapsed, _ = sample(candidate.replay, 1, self._flush, samples + 1, self._stream)
+        # the first replay of a burst finds an idle device
+        return statistics.median(elapsed[1:]) / candidate.calls
+
+    def _capture(self, config: Config) -> _Candidate | None:
+        buffers = self._sets[0]
+        restore(buffers, self._truth)
+        try:
+            prepared = self._tunable.prepare(self._point, buffers, config)
+            verdict = Verdict(self._op.tolerance(self._point))
+            examine(verdict, prepared.run, buffers, self._truth, "candidate")
+        except (OutOfResources, UnsupportedPoint):
+            return None
+        if not verdict.passed:
+            return None
+        if len(self._sets) == 1:
+            self._make_sets(prepared.run)
+        calls = [self._tunable.prepare(self._point, buffers, config).run for buffers in self._sets]
+        return _Candidate(capture(calls, self._stream).replay, len(calls))
+
+    def _make_sets(self, run: Callable[[], None]) -> None:
+        """Enough copies of the inputs, sized by the first configuration's time."""
+        elapsed, _ = sample(run, 1, self._flush, 3, self._stream)
+        by_time = max(1, round(WINDOW_S / max(min(elapsed), 1e-6)))
+        set_bytes = sum(tensor.numel() * tensor.element_size() for tensor in self._truth.inputs.values())
+        count = min(CALLS, by_time, max(1, SET_BYTES // max(1, set_bytes)))
+        self._sets += [self._clone() for _ in range(count - 1)]
+
+    def _clone(self) -> Inputs:
+        return {name: tensor.clone() for name, tensor in self._truth.inputs.items()}
+
+
+def tune(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Outcomes of a tuning request, point by point: `compiled` first, then a `tuned` for each point."""
+    device = torch.device("cuda")
+    stream = torch.cuda.Stream(device)
+    flush = Flush(device)
+    facts = device_facts(device, request.get("memory_bytes_per_s"))
+    points = [(find_op(row["subject"]), row["axes"]) for row in request["points"]]
+    began = time.perf_counter()
+    count = _precompile(points, torch.cuda.get_device_capability(device))
+    yield {"event": "compiled", "binaries": count, "seconds": time.perf_counter() - began}
+    hints: dict[str, list[Config]] = {}
+    with torch.cuda.stream(stream):
+        for op, axes in points:
+            began = time.perf_counter()
+            tunable = op.tuning()
+            clock = PointClock(op, tunable, axes, request["seed"], stream, flush)
+            choice = search(axes, tunable, facts, clock, hints.get(op.name, ())[-3:])
+            outcome: dict[str, Any] = {"event": "tuned", "subject": op.name, "axes": dict(axes)}
+            if choice:
+                hints.setdefault(op.name, []).append(choice.config)
+                outcome |= {
+                    "config": dict(choice.config),
+                    "time_s": choice.time_s,
+                    "candidates": choice.candidates,
+                    "timed": choice.timed,
+                }
+            yield outcome | {"seconds": time.perf_counter() - began}
+
+
+def device_facts(device: torch.device, memory_bytes_per_s: float | None) -> Mapping[str, float]:
+    """What Tunable.predict wants to know. The bandwidth is the table's, or measured by a copy where it is unknown."""
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "sm_count": float(properties.multi_processor_count),
+        "l2_bytes": float(properties.L2_cache_size),
+        "memory_bytes_per_s": memory_bytes_per_s or _copy_bandwidth(device),
+    }
+
+
+def quality(op: Op, axes: Point, seed: int, chosen: Config, stream: torch.cuda.Stream, flush: Flush) -> dict[str, Any]:
+    """How a chosen configuration times against the exhaustive best of its point, both timed again side by side."""
+    tunable = op.tuning()
+    clock = PointClock(op, tunable, axes, seed, stream, flush)
+    screened = [(seconds, index, config) for index, config in enumerate(tunable.space(axes)) if (seconds := clock(config, 9))]
+    finalists = [config for _, _, config in sorted(screened, key=lambda entry: entry[:2])[:5]]
+    times: dict[int, list[float]] = {index: [] for index in range(len(finalists) + 1)}
+    for turn in range(4):
+        entries = list(enumerate([chosen, *finalists]))
+        # there and back again, so that a drift of the clocks hits all alike
+        for index, config in entries if turn % 2 == 0 else reversed(entries):
+            seconds = clock(config, FINAL_SAMPLES)
+            if seconds:
+                times[index].append(seconds)
+    medians = {index: statistics.median(values) for index, values in times.items() if values}
+    best = min(seconds for index, seconds in medians.items() if index > 0)
+    return {"chosen_s": medians[0], "best_s": best, "ratio": medians[0] / best, "candidates": len(screened)}
+
+
+def _precompile(points: Sequence[tuple[Op, Point]], capability: tuple[int, int]) -> int:
+    """Fill Triton's cache by processes without a GPU, one a core; the number of binaries that the points need."""
+    wanted: dict[str, tuple[str, Point, Config]] = {}
+    for op, axes in points:
+        tunable = op.tuning()
+        for config in tunable.space(axes):
+            wanted.setdefault(tunable.binary(axes, config), (op.name, axes, config))
+    tasks = list(wanted.values())
+    workers = min(len(tasks), len(os.sched_getaffinity(0)))
+    compute_capability = capability[0] * 10 + capability[1]
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_compile_one, tasks, [compute_capability] * len(tasks), chunksize=1))
+    return len(tasks)
+
+
+def _compile_one(task: tuple[str, Point, Config], compute_capability: int) -> None:
+    name, axes, config = task
+    find_op(name).tuning().precompile(axes, config, compute_capability)
+
+
+def _copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second, read and written, of a copy far larger than the L2."""
+    source = torch.empty(1 << 28, dtype=torch.float32, device=device).normal_()
+    target = torch.empty_like(source)
+    stream = torch.cuda.current_stream(device)
+    elapsed, _ = sample(lambda: target.copy_(source) and None, 1, None, 6, stream)
+    return 2 * source.numel() * source.element_size() / statistics.median(elapsed[1:])
+
+
+__all__ = ["Choice", "PointClock", "device_facts", "quality", "tune"]

@@ -1,0 +1,76 @@
+"""The search for launch parameters. Owns the strategy; what a time is, and whether an output is right, is injected.
+
+Three stages, each with fewer configurations and more samples. A model orders the candidates first, so that the good ones
+come early and the hopeless ones never run; the search of a point also starts from what won at its neighbours. Successive
+halving after Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization" (2016).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from smbench_kernels.op import Config, Point, Tunable
+
+PREDICTED_LIMIT = 2.5
+"""A configuration modelled to be this many times slower than the best modelled one is not tried."""
+PATIENCE = 24
+"""The screening stops after this many configurations in a row without a new best."""
+SCREEN_SAMPLES, FINAL_SAMPLES = 5, 40
+SHORTLIST_LIMIT = 1.06
+"""Screened configurations within this factor of the best are timed again."""
+SHORTLIST = 6
+
+Clock = Callable[[Config, int], float | None]
+"""Median seconds of a configuration over so many samples; None where it is wrong or does not launch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The outcome of one point."""
+
+    config: Config
+    time_s: float
+    """Median over FINAL_SAMPLES."""
+    candidates: int
+    """Size of the search space."""
+    timed: int
+    """How many of them ran."""
+
+
+def search(
+    point: Point, tunable: Tunable, facts: Mapping[str, float], clock: Clock, hints: Sequence[Config] = ()
+) -> Choice | None:
+    """The best configuration of a point; None where none is right. `facts` are those of Tunable.predict."""
+    space = tunable.space(point)
+    screened: list[tuple[float, int, Config]] = []
+    best, timed, best_at = float("inf"), 0, 0
+    for config in order(point, space, tunable, facts, hints):
+        timed += 1
+        seconds = clock(config, SCREEN_SAMPLES)
+        if seconds is not None:
+            screened.append((seconds, timed, config))
+            if seconds < best:
+                best, best_at = seconds, timed
+        if timed - best_at >= PATIENCE:
+            break
+    near = [entry for entry in screened if entry[0] <= best * SHORTLIST_LIMIT]
+    shortlist = sorted(near, key=lambda entry: entry[:2])[:SHORTLIST]
+    finals = [(seconds, rank, config) for _, rank, config in shortlist if (seconds := clock(config, FINAL_SAMPLES))]
+    if not finals:
+        return None
+    # the rank breaks ties, so that configurations themselves are never compared
+    time_s, _, config = min(finals, key=lambda entry: entry[:2])
+    return Choice(config, time_s, len(space), timed)
+
+
+def order(
+    point: Point, space: Sequence[Config], tunable: Tunable, facts: Mapping[str, float], hints: Sequence[Config]
+) -> list[Config]:
+    """The configurations worth trying: hints that belong to the space, then the rest by modelled time."""
+    predicted = [(tunable.predict(point, config, facts), index) for index, config in enumerate(space)]
+    limit = min(seconds for seconds, _ in predicted) * PREDICTED_LIMIT
+    by_model = [space[index] for seconds, index in sorted(predicted) if seconds <= limit]
+    first = [config for config in space if config in list(hints)]
+    return first + [config for config in by_model if config not in first]
+
