@@ -7,19 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from smbench import recipe, runfolder
-from smbench.cell import Cell
+from smbench.cell import AxisValue, Cell
 from smbench.recipe import MeasureRow, Profile
 from smbench.result import Check, Environment, Measurement, Result, Selection, Session, Status, Work
 
 MEMORY_BYTES_PER_S = 4.8e12
 STARTED_AT = "2026-01-02T03:04:05Z"
 
-HOSTILE = "a|b <script>alert(1)</script> `x` **bold** ![i](http://x/y.png) [l](javascript:1)\n# not a heading\n| not | a row |"
+HOSTILE = (
+    "a|b <script>alert(1)</script> `x` **bold** ![i](http://x/y.png) [l](javascript:1)\n"
+    "# not a heading\n| not | a row | $x^2$ \u202e {{ 7 * 7 }}"
+)
 """What an error message or a device name could hold."""
 
 GPU: Mapping[str, Any] = {
     "format": 1,
-    "gpu": {"name": "NVIDIA H200", "l2_bytes": 62914560, "power_limit_w": 700.0, "sm_clock_max_hz": 1980e6, "ecc": True},
+    "gpu": {
+        "name": "NVIDIA H200",
+        "l2_bytes": 62914560,
+        "power_limit_w": 700.0,
+        "sm_clock_max_hz": 1980e6,
+        "ecc": True,
+    },
     "runtime": {"cuda": "13.0", "cudnn": None},
     "cpu": {"model": "A processor", "cores_usable": 16},
     "libraries": {"torch": "2.11.0", "triton": "3.6.0", "vllm": "0.26.0", "sglang": "0.5.23"},
@@ -65,9 +74,7 @@ def build(
 def session(results: int) -> tuple[Session, ...]:
     """One session that measured everything."""
     return (
-        Session(
-            started_at=STARTED_AT, wall_s=100.0, worker_start_s=5.0, workers=1, results=results, ended="finished"
-        ),
+        Session(started_at=STARTED_AT, wall_s=100.0, worker_start_s=5.0, workers=1, results=results, ended="finished"),
     )
 
 
@@ -147,3 +154,151 @@ def result(
         phases_s={"inputs": 0.001, "compile": 0.002, "check": 0.003, "capture": 0.001, "total": 0.02} if ran else {},
         started_at=STARTED_AT,
     )
+
+
+RECIPE = b"""\
+format = 1
+name = "lora"
+title = "Performance testing of the bgmv/sgmv (Triton) ops"
+document = "000"
+protocol_version = 1
+kind = "op"
+stack = "kernels"
+seed = 0
+template = "lora.md.j2"
+baseline = "torch"
+headline = "cold"
+published = ["lora-rtx3090"]
+
+[values]
+sizes = [128, 4096, 15360]
+
+[providers.torch]
+title = "torch (gather + bmm)"
+color = "#7f7f7f"
+selection = "library"
+
+[providers.smbench]
+title = "smbench, default configuration"
+color = "#1f77b4"
+selection = "default"
+interpreted = true
+
+[providers.smbench-tuned]
+title = "smbench, tuned"
+color = "#d62728"
+selection = "tuned"
+interpreted = true
+devices = ["cuda"]
+
+[providers.vllm]
+title = "vLLM"
+color = "#ff7f0e"
+selection = "library"
+devices = ["cuda"]
+
+[providers.sglang]
+title = "sg|lang <b>$x_1$</b> `chunked`"
+color = "#2ca02c"
+selection = "library"
+devices = ["cuda"]
+
+[profile.full]
+device = "cuda"
+providers = ["torch", "smbench", "smbench-tuned", "vllm", "sglang"]
+time_limit_s = 120.0
+estimate = { startup_s = 10.0, cell_s = 0.1, source = "made up" }
+
+[[profile.full.measure]]
+name = "document"
+title = "the document's protocol"
+method = "graph"
+l2 = "warm"
+calls = 100
+replays = 3
+warmup = 1
+samples = 5
+min_samples = 3
+window_s = 0.03
+
+[[profile.full.measure]]
+name = "cold"
+title = "cold L2"
+method = "graph"
+l2 = "cold"
+calls = 16
+warmup = 3
+samples = 200
+min_samples = 20
+window_s = 0.03
+
+[[profile.full.grid]]
+ops = ["bgmv_shrink", "bgmv_expand"]
+axes = { seq_len = [1], rank = [16], num_loras = [8], dtype = ["float16"], hidden_size = "sizes", batch = [1, 8] }
+
+[[profile.full.grid]]
+ops = ["sgmv_shrink"]
+axes = { rank = [16], num_loras = [8], dtype = ["float16"], seq_len = [128], hidden_size = [128, 4096], batch = [8] }
+
+[profile.cpu]
+device = "cpu"
+providers = ["torch", "smbench", "smbench-tuned", "vllm", "sglang"]
+time_limit_s = 60.0
+estimate = { startup_s = 5.0, cell_s = 0.5, source = "made up" }
+
+[[profile.cpu.measure]]
+name = "wall"
+title = "host clock around each call"
+method = "wall"
+l2 = "none"
+calls = 1
+warmup = 3
+samples = 200
+min_samples = 20
+window_s = 0.2
+
+[[profile.cpu.grid]]
+ops = ["bgmv_shrink"]
+axes = { seq_len = [1], rank = [16], num_loras = [8], dtype = ["float16"], hidden_size = [128, 256], batch = [1, 8] }
+"""
+"""A small recipe of document 000 with a title that is no friend of tables."""
+
+INTERPRETED = "checked under the Triton interpreter, which has no meaningful time"
+
+
+def every_status(cell: Cell, profile: Profile) -> Result | None:
+    """A GPU run in which every status occurs, with hostile reasons."""
+    axes = cell.axes
+    reasons: dict[tuple[str, AxisValue, AxisValue], tuple[Status, str]] = {
+        ("sglang", 15360, 1): ("unsupported", "hidden sizes up to 8192, not 15360"),
+        ("sglang", 15360, 8): ("unsupported", "hidden sizes up to 8192, not 15361"),
+        ("vllm", 15360, 8): ("crashed", HOSTILE),
+        ("vllm", 128, 1): ("oom", "CUDA out of memory"),
+        ("torch", 15360, 8): ("timeout", "longer than 120 s"),
+        ("smbench", 4096, 8): ("incorrect", "first inputs: relative error 0.5 exceeds 0.001"),
+    }
+    found = reasons.get((cell.provider, axes["hidden_size"], axes["batch"]))
+    if found and cell.subject == "bgmv_shrink":
+        return result(cell, *found)
+    # a tuned provider that ran the default configuration: the selection guard refutes it
+    silent = cell.provider == "smbench-tuned" and cell.subject == "bgmv_expand" and axes["hidden_size"] == 128
+    return ok(cell, profile, {"smbench-tuned": "default"} if silent else None)
+
+
+def on_a_processor(cell: Cell, profile: Profile) -> Result | None:
+    """What the cpu profile leaves: torch timed, our default kernel verified, everything else unsupported."""
+    if cell.provider == "torch":
+        return ok(cell, profile)
+    if cell.provider == "smbench":
+        return result(cell, "verified", INTERPRETED)
+    return result(cell, "unsupported", "needs a device of kind cuda, this profile runs on cpu")
+
+
+def all_failed(cell: Cell, profile: Profile) -> Result | None:
+    """Nothing worked."""
+    return result(cell, "crashed", f"RuntimeError: {HOSTILE}")
+
+
+def unfinished(cell: Cell, profile: Profile) -> Result | None:
+    """Only the first operation was reached."""
+    return ok(cell, profile) if cell.subject == "bgmv_shrink" else None

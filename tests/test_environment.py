@@ -105,9 +105,12 @@ def test_a_fact_that_the_card_does_not_tell_is_none_with_the_reason(cuda: FakeNv
     assert [reason for reason in facts["missing"] if reason.startswith("gpu")] == ["gpu.ecc_enabled: Not Supported"]
 
 
-def test_without_a_gpu_everything_else_is_recorded(no_nvml: None) -> None:
-    facts = capture({"CUDA_VISIBLE_DEVICES": ""})
+def test_without_a_gpu_everything_else_is_recorded(no_nvml: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu_only = SimpleNamespace(version=SimpleNamespace(cuda=None), cuda=SimpleNamespace(is_available=lambda: False))
+    monkeypatch.setitem(sys.modules, "torch", cpu_only)
+    facts = capture()
     assert facts["gpu"] == {}
+    assert facts["runtime"]["cuda"] is None
     assert "gpu: the Python package nvidia-ml-py is not installed" in facts["missing"]
     assert facts["cpu"]["cores_usable"] >= 1
     assert facts["python"]["version"] == platform.python_version()

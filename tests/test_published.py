@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from smbench import published
 from smbench.errors import CorruptError, UsageError
 from smbench.metrics import METRICS

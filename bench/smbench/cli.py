@@ -5,7 +5,9 @@ Host modules are imported inside the commands, so that `smbench --help` answers 
 
 from __future__ import annotations
 
+import errno
 import json
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ import typer
 if TYPE_CHECKING:
     from smbench.analysis import Analysis
     from smbench.plan import Plan
-    from smbench.result import Result
+    from smbench.result import Status
 
 app = typer.Typer(
     help="Repeat published LLM-inference measurements, trust the numbers, send them home.",
@@ -35,8 +37,9 @@ Providers = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
-FAILED = ("incorrect", "invalid", "crashed", "timeout", "oom")
+FAILED: tuple[Status, ...] = ("incorrect", "invalid", "crashed", "timeout", "oom")
 """Statuses that make the exit code 1: measured, and failed."""
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @app.command("list")
@@ -44,19 +47,18 @@ def list_recipes(as_json: AsJson = False) -> None:
     """The recipes, their profiles and sizes."""
     from smbench import recipe, resources
 
-    rows = []
-    for name in recipe.names(resources.recipes_dir()):
-        loaded = recipe.load(recipe.find(name, resources.recipes_dir()))
-        sizes = {profile: len(loaded.cells(profile)) for profile in loaded.profile}
-        rows.append({"name": name, "title": loaded.title, "document": loaded.document, "cells": sizes})
+    found = [recipe.load(recipe.find(name, resources.recipes_dir())) for name in recipe.names(resources.recipes_dir())]
+    sizes = {entry.name: {profile: len(entry.cells(profile)) for profile in entry.profile} for entry in found}
     if as_json:
-        _print_json(rows)
+        _print_json(
+            [{"name": r.name, "title": r.title, "document": r.document, "cells": sizes[r.name]} for r in found]
+        )
         return
     _table(
         ("recipe", "document", "profiles (cells)", "title"),
         [
-            (row["name"], row["document"], ", ".join(f"{p} ({n})" for p, n in row["cells"].items()), row["title"])
-            for row in rows
+            (entry.name, entry.document, ", ".join(f"{p} ({n})" for p, n in sizes[entry.name].items()), entry.title)
+            for entry in found
         ],
     )
 
@@ -106,25 +108,28 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Measure a recipe and write its report. The same command again goes on where it stopped."""
-    from smbench import runner, runfolder
+    from smbench import runfolder, runner
     from smbench.plan import default_folder
     from smbench.progress import Progress
 
     resolved = _resolve(recipe, profile, provider)
     folder = out or default_folder(resolved, _device_name(), Path.cwd())
-    again = f"the same command goes on: smbench run {recipe} --out {_shown(folder)}"
+    options = [option for name in provider or () for option in ("--provider", name)]
+    command = ["smbench", "run", recipe, "--profile", resolved.profile_name, *options, "--out", _shown(folder)]
+    again = f"the same command goes on: {shlex.join(command)}"
     signal.signal(signal.SIGTERM, _interrupt)
     with runfolder.locked(folder):
         done = runfolder.load(folder).results if (folder / "run.json").exists() else {}
-        with Progress(resolved, done) as progress:
-            try:
+        try:
+            with Progress(resolved, done) as progress:
                 runner.run(resolved, folder, progress.advance, _warn)
-            except KeyboardInterrupt as stop:
-                _stopped(stop, again)
-            except OSError as error:
-                _fail(f"{error.strerror}: {_shown(folder)}; every result so far is intact; free space, then {again}", 1)
-            except runner.WorkerCannotStart as error:
-                _fail(f"{error}\nfix: see {_shown(folder)}/logs and `smbench doctor`; {again}", 1)
+        except KeyboardInterrupt as stop:
+            _stopped(stop, again)
+        except OSError as error:
+            advice = "free space, then " if error.errno in DISK_FULL else ""
+            _fail(f"{error.strerror}: {_shown(folder)}; every result so far is intact; {advice}{again}", 1)
+        except runner.WorkerCannotStart as error:
+            _fail(f"{error}\nfix: see {_shown(folder)}/logs and `smbench doctor`; {again}", 1)
         analysis = _report(folder)
     counts = analysis.counts()
     if as_json:
@@ -134,6 +139,54 @@ def run(
         _print(f"report: {_shown(folder / 'report.md')}")
     if any(counts.get(status) for status in FAILED):
         raise typer.Exit(1)
+
+
+@app.command()
+def tune(
+    recipe: RecipeName,
+    profile: ProfileName = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the journal.")] = None,
+    configs_dir: Annotated[
+        Path | None, typer.Option("--configs", help="Where configuration files go (default: the kernels' own folder).")
+    ] = None,
+    quality: Annotated[
+        int, typer.Option("--quality", help="Compare so many random points with an exhaustive search.", min=0)
+    ] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Search launch parameters for the very points that the recipe measures. The same command again goes on."""
+    from smbench import arch, plan, resources, runfolder, runner
+    from smbench import tune as tuning
+    from smbench.errors import UsageError
+    from smbench.progress import TuneProgress
+
+    device_name = _device_name()
+    if device_name is None:
+        raise UsageError("tuning needs an NVIDIA GPU and none is visible; see `smbench doctor`")
+    resolved = _resolve(recipe, profile, None)
+    device = arch.load(resources.archs_file()).device_named(device_name)
+    folder = out or Path.cwd() / "runs" / f"tune-{recipe}-{plan.slug(device_name)}"
+    signal.signal(signal.SIGTERM, _interrupt)
+    with runfolder.locked(folder), TuneProgress(len(tuning.points_of(resolved))) as progress:
+        try:
+            done = tuning.tune(
+                resolved,
+                folder,
+                device_name,
+                device.memory_bandwidth_bytes_per_s if device else None,
+                quality,
+                progress.advance,
+                configs_dir,
+            )
+        except KeyboardInterrupt as stop:
+            _stopped(stop, f"the same command goes on: smbench tune {recipe}")
+        except runner.WorkerCannotStart as error:
+            _fail(f"{error}\nfix: see {_shown(folder)}/logs and `smbench doctor`; tuned points are kept", 1)
+    if as_json:
+        _print_json(done.summary())
+    else:
+        for line in done.lines():
+            _print(line)
 
 
 @app.command()

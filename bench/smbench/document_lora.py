@@ -5,9 +5,10 @@ Pure values from a View and the published numbers. Owns no words and no format: 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from smbench.analysis import Comparison, Row
 from smbench.cell import AxisValue
@@ -32,6 +33,18 @@ class Halves:
     sizes: str
     """`small` or `large`, by SPLIT_HIDDEN_SIZE."""
     line: Versus
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedHalf:
+    """A line of the published numbers alone, at small or large hidden sizes."""
+
+    config: str
+    subject: str
+    sizes: str
+    points: int
+    ratios: Mapping[str, tuple[int, float] | None]
+    """By peer: number of points, time of the peer over time of the document's kernel."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +75,11 @@ class Lora:
     published: Published | None
 
     @property
+    def split(self) -> int:
+        """The hidden size that separates small from large."""
+        return SPLIT_HIDDEN_SIZE
+
+    @property
     def families(self) -> Mapping[str, list[str]]:
         """`bgmv` and `sgmv`, each with its operations in the plan."""
         found: dict[str, list[str]] = {}
@@ -84,8 +102,7 @@ class Lora:
         if best is None:
             return {}
         lines = {
-            subject: self.view.versus(best, subject, measure, self.columns)
-            for subject in self.view.analysis.subjects()
+            subject: self.view.versus(best, subject, measure, self.columns) for subject in self.view.analysis.subjects()
         }
         return {subject: found[0] for subject, found in lines.items() if found}
 
@@ -96,20 +113,20 @@ class Lora:
         return self.view.versus(best, subject, measure, self.columns, by) if best else []
 
     def halves(self, measure: str) -> list[Halves]:
-        """Our default and tuned configurations at hidden sizes up to the split and above it."""
-        found = []
-        for subject in self.view.analysis.subjects():
-            for provider in (self.view.default, self.view.tuned):
-                for sizes in ("small", "large"):
-                    lines = (
-                        self.view.versus(provider, subject, measure, self.columns, (), lambda a, s=sizes: _is(s, a))
-                        if provider
-                        else []
-                    )
-                    found += [
-                        Halves(provider or "", subject, sizes, line) for line in lines if any(line.comparisons.values())
-                    ]
-        return found
+        """Our default and tuned configurations at hidden sizes up to the split and above it, where there are any."""
+        return [
+            Halves(provider, subject, sizes, line)
+            for subject in self.view.analysis.subjects()
+            for provider in (self.view.default, self.view.tuned)
+            if provider
+            for sizes in ("small", "large")
+            for line in self._half(provider, subject, sizes, measure)
+            if any(line.comparisons.values())
+        ]
+
+    def _half(self, provider: str, subject: str, sizes: str, measure: str) -> list[Versus]:
+        against = {column: [name for name in names if name != provider] for column, names in self.columns.items()}
+        return self.view.versus(provider, subject, measure, against, (), partial(_is, sizes))
 
     def tuning(self, measure: str) -> Mapping[str, Comparison]:
         """By operation: the tuned configuration against the default one."""
@@ -130,12 +147,12 @@ class Lora:
         cold = next((m for m in measures if m.l2 == "cold"), None)
         return (warm, cold) if warm and cold else None
 
-    def cold_over_warm(self, subject: str, provider: str, sizes: str) -> tuple[int, float] | None:
-        """Points and geometric mean of cold over warm time, at small or large hidden sizes."""
+    def cold_over_warm(self, subject: str, provider: str, sizes: str | None = None) -> tuple[int, float] | None:
+        """Points and geometric mean of cold over warm time, at small or large hidden sizes or all."""
         if self.warm_and_cold is None:
             return None
         warm, cold = self.warm_and_cold
-        rows = self.view.rows(provider, subject, lambda axes: _is(sizes, axes))
+        rows = self.view.rows(provider, subject, lambda axes: sizes is None or _is(sizes, axes))
         return self.view.analysis.measure_ratio(rows, cold.name, warm.name)
 
     @cached_property
@@ -200,6 +217,22 @@ class Lora:
                 there = {peer: self._there(subject, points, peer, config) for peer in self.published_peers}
                 here = self._here(subject, points, provider, measure) if measure else {}
                 found.append(PublishedRatio(dict(zip(by, key, strict=True)), config, there, here))
+        return found
+
+    def published_halves(self) -> list[PublishedHalf]:
+        """The published ratios at hidden sizes up to the split and above it, for the operations of this run."""
+        found = []
+        for config, subject, sizes in itertools.product(
+            ("default", "tuned"), self.view.analysis.subjects(), ("small", "large")
+        ):
+            points = [
+                dict(axes)
+                for (name, axes), times in self._published.items()
+                if name == subject and ("jee", config) in times and _is(sizes, dict(axes))
+            ]
+            if points:
+                ratios = {peer: self._there(subject, points, peer, config) for peer in self.published_peers}
+                found.append(PublishedHalf(config, subject, sizes, len(points), ratios))
         return found
 
     def _there(self, subject: str, points: Sequence[Axes], peer: str, config: str) -> tuple[int, float] | None:
@@ -298,6 +331,11 @@ class Lora:
             if lengths
         }
 
+    def widest(self, family: str) -> int:
+        """The largest hidden size that is planned for `bgmv` or `sgmv`."""
+        rows = [row for row in self.view.analysis.rows if row.cell.subject.startswith(family)]
+        return max((_int(row.cell.axes, "hidden_size") for row in rows), default=0)
+
     def wide(self) -> Counted:
         """Our cells at the widest hidden sizes that passed the check, of those that were planned."""
         return self._passed([row for row in self._ours if _int(row.cell.axes, "hidden_size") >= WIDE_HIDDEN_SIZE])
@@ -310,6 +348,16 @@ class Lora:
             if row.cell.subject.endswith("_shrink") and row.result and row.result.selection
         ]
         return Counted(sum(config.get("SPLIT_K", 1) > 1 for config in ran), len(ran))
+
+    def all_drawn(self) -> Counted:
+        """Points with at least as many indices as adapters, so that every adapter is used; of all points."""
+        points = [(subject, p) for subject in self.view.analysis.subjects() for p in self.view.points(subject)]
+        full = [
+            _int(point, "batch") * (_int(point, "seq_len") if subject.startswith("bgmv") else 1)
+            >= _int(point, "num_loras")
+            for subject, point in points
+        ]
+        return Counted(sum(full), len(full))
 
     def hidden_sizes(self) -> Counted:
         """Hidden sizes in the figures, of those planned: every one is plotted."""

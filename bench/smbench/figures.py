@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
@@ -34,7 +35,7 @@ FEW_POINTS = 12
 """Lines with no more points than this have a mark on each."""
 RATIO_LIMIT = 4.0
 """The colours of the speed-up figure end at this factor either way; the scale says so."""
-STYLE: Mapping[str, Any] = {
+STYLE: Mapping[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 8.0,
     "axes.titlesize": 9.0,
@@ -54,6 +55,16 @@ STYLE: Mapping[str, Any] = {
 }
 PUBLISHED_STYLES = ((0, (6, 2)), (0, (1.2, 1.6)), (0, (5, 2, 1.2, 2)), (0, (9, 3)))
 GREYS = ("#333333", "#777777", "#999999", "#555555")
+
+
+@dataclass(frozen=True, slots=True)
+class _Sheet:
+    """A figure with its visible panels, the points of each, and how many panels make a row."""
+
+    figure: Figure
+    panels: Sequence[Panel]
+    groups: Sequence[Sequence[Axes]]
+    across: int
 
 
 def draw(plot: Plot, lora: Lora) -> bytes:
@@ -76,32 +87,34 @@ def draw(plot: Plot, lora: Lora) -> bytes:
 def _duration(plot: Plot, lora: Lora) -> Figure:
     """Time against hidden size, a panel for each length and batch, a line for each provider."""
     view, subject, measure = lora.view, plot.subjects[0], plot.measure.name
-    figure, panels, groups = _panels(plot, lora)
-    figure.suptitle(_text(f"{subject}\n{plot.measure.title}"), fontsize=10)
-    for panel, points in zip(panels, groups.values(), strict=False):
+    sheet = _sheet(plot, lora)
+    sheet.figure.suptitle(_text(f"{subject}\n{plot.measure.title}"), fontsize=10)
+    for panel, points in zip(sheet.panels, sheet.groups, strict=True):
         for provider in view.providers:
             _line(panel, lora, subject, provider, points, measure)
     # the bound is far below every time at small sizes: it must not stretch the axis that all panels share
-    _limit(panels[0])
+    _limit(sheet.panels[0])
     if plot.measure.l2 == "cold":
-        for panel, points in zip(panels, groups.values(), strict=False):
+        for panel, points in zip(sheet.panels, sheet.groups, strict=True):
             _bound(panel, lora, subject, points)
-    _finish(figure, panels, len(groups))
-    return figure
+    _finish(sheet)
+    return sheet.figure
 
 
 def _published(plot: Plot, lora: Lora) -> Figure:
     """The same beside the published numbers of another card, which are grey and dashed."""
     view, subject, measure = lora.view, plot.subjects[0], plot.measure.name
-    figure, panels, groups = _panels(plot, lora)
+    sheet = _sheet(plot, lora)
     published = lora.published
     card = published.device if published else ""
-    figure.suptitle(
-        _text(f"{subject}; colours: measured here; dashed grey: published for {card}, another card\n{plot.measure.title}"),
+    sheet.figure.suptitle(
+        _text(
+            f"{subject}; colours: measured here; dashed grey: published for {card}, another card\n{plot.measure.title}"
+        ),
         fontsize=10,
     )
     config = lora.published_configs(subject)[-1]
-    for panel, points in zip(panels, groups.values(), strict=False):
+    for panel, points in zip(sheet.panels, sheet.groups, strict=True):
         for provider in view.providers:
             _line(panel, lora, subject, provider, points, measure)
         styles = zip(PUBLISHED_STYLES, GREYS, strict=True)
@@ -111,22 +124,23 @@ def _published(plot: Plot, lora: Lora) -> Figure:
             if known:
                 what = _text(f"published: {name} {config}" if name == "jee" else f"published: {name}")
                 panel.plot(*zip(*known, strict=True), color=grey, linestyle=dash, linewidth=1.0, label=what)
-    _finish(figure, panels, len(groups))
-    return figure
+    _finish(sheet)
+    return sheet.figure
 
 
-def _panels(plot: Plot, lora: Lora) -> tuple[Figure, list[Panel], Mapping[str, list[Axes]]]:
+def _sheet(plot: Plot, lora: Lora) -> _Sheet:
     """A figure with a log-log panel for each combination of the axes but the hidden size, sharing their scales."""
     subject = plot.subjects[0]
     order = [axis for axis in lora.view.varying(subject) if axis != "hidden_size"]
     groups: dict[str, list[Axes]] = {}
     keyed = [(tuple(point[axis] for axis in order), point) for point in lora.view.points(subject)]
     for key, point in sorted(keyed, key=lambda item: [(isinstance(value, str), value) for value in item[0]]):
-        title = ", ".join(f"{axis.replace('_', ' ')} {value}" for axis, value in zip(order, key, strict=True))
+        title = ", ".join(f"{axis} {value}" for axis, value in zip(order, key, strict=True))
         groups.setdefault(title, []).append(point)
     for points in groups.values():
         points.sort(key=lambda point: point["hidden_size"])
-    across = min(PANELS_ACROSS, len(groups))
+    # with two axes, a row of panels for each value of the first
+    across = min(PANELS_ACROSS, len(groups) if len(order) < 2 else len(lora.view.values(subject)[order[-1]]))
     down = math.ceil(len(groups) / across)
     figure = Figure(figsize=(WIDTH_PX / DPI, 2.35 * down + 1.1), dpi=DPI, layout="constrained")
     panels: list[Panel] = list(figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat)
@@ -137,7 +151,7 @@ def _panels(plot: Plot, lora: Lora) -> tuple[Figure, list[Panel], Mapping[str, l
         panel.set_title(_text(title), loc="left")
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
-    return figure, panels, groups
+    return _Sheet(figure, panels[: len(groups)], list(groups.values()), across)
 
 
 def _line(panel: Panel, lora: Lora, subject: str, provider: str, points: Sequence[Axes], measure: str) -> None:
@@ -163,7 +177,7 @@ def _line(panel: Panel, lora: Lora, subject: str, provider: str, points: Sequenc
 
 def _bound(panel: Panel, lora: Lora, subject: str, points: Sequence[Axes]) -> None:
     """What the memory of the card allows at least, where the card is known."""
-    known = {}
+    known: dict[Any, float] = {}
     for point in points:
         for provider in lora.view.providers:
             row = lora.view.analysis.row(subject, provider, **point)
@@ -188,13 +202,12 @@ def _limit(panel: Panel) -> None:
     panel.set_ylim(low / widen, high * widen)
 
 
-def _finish(figure: Figure, panels: Sequence[Panel], shown: int) -> None:
+def _finish(sheet: _Sheet) -> None:
     """Ticks in plain numbers, labels at the edges, one legend below all panels."""
-    visible = panels[:shown]
-    low, high = (math.log2(limit) for limit in visible[0].get_xlim())
+    low, high = (math.log2(limit) for limit in sheet.panels[0].get_xlim())
     powers = range(math.ceil(low), math.floor(high) + 1)
     ticks = [2**power for power in powers[:: math.ceil(len(powers) / TICKS_ACROSS)]]
-    for i, panel in enumerate(visible):
+    for i, panel in enumerate(sheet.panels):
         panel.xaxis.set_major_locator(FixedLocator(ticks))
         panel.xaxis.set_minor_locator(NullLocator())
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
@@ -202,15 +215,15 @@ def _finish(figure: Figure, panels: Sequence[Panel], shown: int) -> None:
         panel.yaxis.set_minor_locator(NullLocator())
         panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         panel.tick_params(axis="x", labelbottom=True)
-        if i + PANELS_ACROSS >= shown:
-            panel.set_xlabel("Hidden size")
-        if i % PANELS_ACROSS == 0:
+        if i + sheet.across >= len(sheet.panels):
+            panel.set_xlabel("hidden_size")
+        if i % sheet.across == 0:
             panel.set_ylabel("µs per call")
     handles = {}
-    for panel in visible:
+    for panel in sheet.panels:
         handles.update({str(line.get_label()): line for line in panel.get_lines()})
     named = {label: line for label, line in handles.items() if not label.startswith("_")}
-    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=min(4, max(1, len(named))))
+    sheet.figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=min(4, max(1, len(named))))
 
 
 def _speedup(plot: Plot, lora: Lora) -> Figure:
@@ -226,8 +239,8 @@ def _speedup(plot: Plot, lora: Lora) -> Figure:
         _text(f"Time of the fastest peer over time of {view.title(best)}\n{plot.measure.title}"),
         fontsize=10,
     )
-    colours = LinearSegmentedColormap.from_list("ratio", ["#b2182b", "#f4a582", "#f7f7f7", "#92c5de", "#2166ac"])
-    colours = colours.with_extremes(bad="#ffffff")
+    scale = LinearSegmentedColormap.from_list("ratio", ["#b2182b", "#f4a582", "#f7f7f7", "#92c5de", "#2166ac"])
+    colours = scale.with_extremes(bad="#ffffff")
     norm = Normalize(-math.log2(RATIO_LIMIT), math.log2(RATIO_LIMIT))
     panels = list(figure.subplots(len(grids), 1, squeeze=False, height_ratios=heights).flat)
     image = None
@@ -258,7 +271,7 @@ def _grid(lora: Lora, subject: str, measure: str) -> tuple[list[str], list[Any],
         ratio = view.ratio(subject, view.best or "", view.peers, point, measure)
         if ratio is not None:
             ratios[rows.index(tuple(point[axis] for axis in order)), sizes.index(point["hidden_size"])] = ratio
-    labels = [", ".join(f"{axis.replace('_', ' ')} {value}" for axis, value in zip(order, row, strict=True)) for row in rows]
+    labels = [", ".join(f"{axis} {value}" for axis, value in zip(order, row, strict=True)) for row in rows]
     return labels, sizes, ratios
 
 

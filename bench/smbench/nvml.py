@@ -108,9 +108,9 @@ def fixed_facts(gpu: Gpu) -> dict[str, Any]:
 def instant(gpu: Gpu) -> dict[str, Any]:
     """What changes, as of now. Absent keys could not be read.
 
-    `power_w` is the driver's own reading, on most cards an average over about the last second (an H200 shows a new load
-    in full only after 1.1 s). `utilization_fraction`
-    is the share of the driver's last sampling period in which some kernel ran, not how busy that kernel kept the GPU.
+    `power_w` is the driver's own reading, on most cards an average over about the last second: an H200 shows a new load
+    in full only after 1.1 s. `utilization_fraction` is the share of the driver's last sampling period in which some
+    kernel ran, not how busy that kernel kept the GPU.
     """
     library = gpu.library
     sm, memory = getattr(library, "NVML_CLOCK_SM", 1), getattr(library, "NVML_CLOCK_MEM", 2)

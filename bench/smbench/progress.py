@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -45,7 +45,7 @@ class Progress:
 
     def __enter__(self) -> Self:
         resumed = f", {self._done} of them already measured" if self._done else ""
-        self._line(f"{self._total} cells{resumed}; about {_minutes(self._estimate_s)} to go")
+        _line(f"{self._total} cells{resumed}; about {_minutes(self._estimate_s)} to go")
         self._bar.start()
         return self
 
@@ -54,7 +54,7 @@ class Progress:
     ) -> None:
         self._bar.stop()
         if self._measured:
-            self._line(self._state())
+            _line(self._state())
 
     def advance(self, result: Result) -> None:
         """Count one result."""
@@ -66,14 +66,39 @@ class Progress:
             self._last_line = now
             left = self._total - self._done - self._measured
             rate_s = (now - self._began) / self._measured
-            self._line(f"{self._state()}; about {_minutes(left * rate_s)} left")
+            _line(f"{self._state()}; about {_minutes(left * rate_s)} left")
 
     def _state(self) -> str:
         counts = ", ".join(f"{count} {status}" for status, count in self._counts.items())
         return f"{self._done + self._measured} of {self._total} cells ({counts})"
 
-    def _line(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)  # noqa: T201 - plain lines are this module's product
+
+class TuneProgress:
+    """Follows a tuning session by plain lines."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._done = 0
+        self._began = self._last_line = time.monotonic()
+
+    def __enter__(self) -> Self:
+        _line(f"{self._total} points to tune; compiling first")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _line(f"{self._done} points done in {_minutes(time.monotonic() - self._began)}")
+
+    def advance(self, event: Mapping[str, Any]) -> None:
+        """Count one point."""
+        self._done += 1
+        now = time.monotonic()
+        if now - self._last_line > LINE_PERIOD_S:
+            self._last_line = now
+            _line(f"{self._done} points done, the last one {event['subject']} in {event['seconds']:.2f} s")
+
+
+def _line(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201 - plain lines are this module's product
 
 
 def _minutes(seconds: float) -> str:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,8 +22,9 @@ from smbench.analysis import Analysis, analyse
 from smbench.arch import Device
 from smbench.errors import UsageError
 from smbench.formats import FILTERS, finalize
-from smbench.published import Published
 from smbench.guards import GUARDS
+from smbench.machines import Machines
+from smbench.published import Published
 from smbench.recipe import Recipe
 from smbench.runfolder import Run
 from smbench.views import Plot, View
@@ -50,9 +53,9 @@ def render(folder: Path) -> Analysis:
     text = render_text(document, run)
     files: dict[str, Callable[[], bytes]] = {}
     for plot in document.plots():
-        files[f"figures/{plot.file}"] = lambda plot=plot: figures.draw(plot, document)
+        files[f"figures/{plot.file}"] = partial(figures.draw, plot, document)
     for name, series in records.records(analysis).items():
-        files[f"records/{name}"] = lambda series=series: records.dump(series)
+        files[f"records/{name}"] = partial(records.dump, series)
     files["report.html"] = lambda: render_page(text, analysis.recipe.title).encode()
     files["report.md"] = lambda: text.encode()
     for name, content in files.items():
@@ -71,7 +74,7 @@ def analysis_of(run: Run) -> Analysis:
 
 def device_of(run: Run) -> Device | None:
     """The row of the card that all results come from; None without a card, for two kinds of card or an unknown one."""
-    names = {(entry.environment.get("gpu") or {}).get("name") for entry in run.environments}
+    names = Machines(run.environments).gpu_names()
     name = names.pop() if len(names) == 1 else None
     return arch.load(resources.archs_file()).device_named(name) if name else None
 
@@ -100,7 +103,7 @@ def render_text(document: Any, run: Run) -> str:
     analysis = view.analysis
     template = _markdown_templates().get_template(analysis.recipe.template)
     plots: list[Plot] = document.plots()
-    return template.render(
+    text = template.render(
         doc=document,
         view=view,
         analysis=analysis,
@@ -113,6 +116,8 @@ def render_text(document: Any, run: Run) -> str:
         smbench_version=run.smbench_version,
         guards=list(GUARDS),
     )
+    # a part that has nothing to say leaves its blank lines
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip("\n") + "\n"
 
 
 def render_page(markdown: str, title: str) -> str:

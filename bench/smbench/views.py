@@ -6,15 +6,16 @@ Pure selections from an Analysis. Owns no format and no statistics: templates fo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from smbench.analysis import Analysis, Comparison, Row, bandwidth
 from smbench.cell import AxisValue
+from smbench.machines import Machines
 from smbench.recipe import MeasureRow
 from smbench.result import UNTESTED, Measurement, Status
+from smbench.statements import Grouped, grouped, shape
 from smbench.stats import Summary
 
 TELLING: Mapping[str, tuple[int, ...]] = {
@@ -24,21 +25,18 @@ TELLING: Mapping[str, tuple[int, ...]] = {
 """Values that a compact table shows, where the plan has them, beside the smallest and the largest."""
 FEW = 3
 """An axis with no more values than this is shown whole."""
-NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 Axes = Mapping[str, AxisValue]
 
 
 @dataclass(frozen=True, slots=True)
-class Grouped:
-    """Statements that differ in their numbers only, counted."""
+class Situation:
+    """Cells of one provider that ended alike."""
 
-    key: tuple[str, ...]
-    text: str
-    """The first of them."""
-    count: int
-    alike: bool
-    """Whether all of them are word for word the same."""
+    provider: str
+    status: Status
+    subjects: list[str]
+    reason: Grouped
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +77,11 @@ class View:
     """An analysis, asked the questions of a report."""
 
     analysis: Analysis
+
+    @property
+    def machines(self) -> Machines:
+        """Where it was measured."""
+        return Machines(self.analysis.environments)
 
     @property
     def providers(self) -> list[str]:
@@ -205,6 +208,16 @@ class View:
         row = self.analysis.row(subject, provider, **point)
         return row.summary(measure) if row else None
 
+    def status(self, subject: str, provider: str, point: Axes) -> Status | None:
+        """How the cell ended, None where the plan has no such cell."""
+        row = self.analysis.row(subject, provider, **point)
+        return row.status if row else None
+
+    @property
+    def rivals(self) -> list[str]:
+        """The providers that have any number."""
+        return [name for name in self.providers if any(row.summaries for row in self.rows(name))]
+
     def ratio(self, subject: str, provider: str, others: Sequence[str], point: Axes, measure: str) -> float | None:
         """Time of the fastest of the others over this provider's at a point; None where one of them has no number."""
         row = self.analysis.row(subject, provider, **point)
@@ -252,34 +265,39 @@ class View:
         rows = [self.analysis.row(subject, provider, **point) for point in points for provider in self.providers]
         return grouped((row.cell.provider, row.status, row.reason or "") for row in rows if row and not row.summaries)
 
-    def untested(self) -> list[Grouped]:
-        """Every situation without a checked result; keys are operation, provider and status."""
-        return grouped(
-            (row.cell.subject, row.cell.provider, row.status, row.reason or "")
-            for row in self.analysis.rows
-            if row.status in UNTESTED
-        )
+    def situations(self, *statuses: Status) -> list[Situation]:
+        """The cells of some statuses, by provider, status and reason, over all operations; in plan order."""
+        found: dict[tuple[str, ...], list[Row]] = {}
+        for row in self.analysis.rows:
+            if row.status in statuses:
+                reason = shape(row.reason or "")
+                found.setdefault((row.cell.provider, row.status, reason), []).append(row)
+        return [
+            Situation(
+                rows[0].cell.provider,
+                rows[0].status,
+                list(dict.fromkeys(row.cell.subject for row in rows)),
+                Grouped((), rows[0].reason or "", len(rows), len({row.reason for row in rows}) == 1),
+            )
+            for rows in found.values()
+        ]
 
-    def verified(self) -> list[Grouped]:
-        """What was checked but not timed; keys are operation and provider."""
-        return grouped(
-            (row.cell.subject, row.cell.provider, row.reason or "")
-            for row in self.analysis.rows
-            if row.status == "verified"
-        )
+    def untested(self) -> list[Situation]:
+        """Every situation without a checked result."""
+        return self.situations(*UNTESTED)
 
     def findings(self) -> list[Grouped]:
         """The integrity findings; keys are guard, severity and remedy."""
         return grouped((f.guard, f.severity, f.remedy, f.message) for f in self.analysis.findings)
 
     def shares(self) -> list[Share]:
-        """Where the wall clock of all sessions went, the largest part first; `wall` itself is not among them."""
+        """Where the wall clock of all sessions went, the largest part first, `other` last."""
         split = self.analysis.time_split()
         parts = [(name, seconds) for name, seconds in split.items() if name != "wall"]
         wall = split["wall"]
         return [
             Share(name, seconds, seconds / wall if wall else None)
-            for name, seconds in sorted(parts, key=lambda part: -part[1])
+            for name, seconds in sorted(parts, key=lambda part: (part[0] == "other", -part[1]))
         ]
 
     def harness(self) -> Share:
@@ -291,26 +309,6 @@ class View:
     def wall_s(self) -> float:
         """Wall clock of all sessions."""
         return self.analysis.time_split()["wall"]
-
-    def facts(self) -> Mapping[str, list[object]]:
-        """Every recorded fact by its path in the record, with its value in each environment; None where unknown."""
-        leaves = [dict(_leaves(entry.environment)) for entry in self.analysis.environments]
-        paths = dict.fromkeys(path for facts in leaves for path in facts if path not in ("format", "missing"))
-        return {path: [facts.get(path) for facts in leaves] for path in paths}
-
-    def unknown_facts(self) -> list[str]:
-        """Why facts are unknown, each reason once."""
-        reasons = [reason for entry in self.analysis.environments for reason in entry.environment.get("missing", ())]
-        return list(dict.fromkeys(str(reason) for reason in reasons))
-
-    def versions(self, library: str) -> list[str]:
-        """The versions of a library that results were made with, one for all environments as a rule."""
-        found = [entry.environment.get("libraries", {}).get(library) for entry in self.analysis.environments]
-        return list(dict.fromkeys(str(version) for version in found if version is not None))
-
-    def device_names(self) -> list[str]:
-        """The GPUs of the run, or its processors where it has none."""
-        return list(dict.fromkeys(_device_name(entry.environment) for entry in self.analysis.environments))
 
     def calls_per_sample(self, measure: str) -> tuple[int, int] | None:
         """Fewest and most calls that a sample of this measure is the mean of, None where nothing was timed."""
@@ -371,32 +369,9 @@ def telling(axis: str, values: Sequence[AxisValue]) -> list[AxisValue]:
     return [value for value in values if value in wanted]
 
 
-def grouped(items: Iterable[tuple[str, ...]]) -> list[Grouped]:
-    """Count statements, the last entry of each item, that have equal keys and differ in digits only; in order."""
-    texts: dict[tuple[str, ...], list[str]] = {}
-    for *key, text in items:
-        texts.setdefault((*key, NUMBER.sub("#", text)), []).append(text)
-    return [Grouped(key[:-1], found[0], len(found), len(set(found)) == 1) for key, found in texts.items()]
-
-
 def slug(name: str) -> str:
     """A name that is safe as part of a file name."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", name) or "-"
-
-
-def _leaves(tree: Mapping[str, object], path: str = "") -> Iterator[tuple[str, object]]:
-    """Every value that is no mapping, with the keys that lead to it."""
-    for key, value in tree.items():
-        here = f"{path}.{key}" if path else str(key)
-        if isinstance(value, Mapping):
-            yield from _leaves(value, here)
-        else:
-            yield here, value
-
-
-def _device_name(environment: Mapping[str, Any]) -> str:
-    gpu, cpu = environment.get("gpu") or {}, environment.get("cpu") or {}
-    return str(gpu.get("name") or cpu.get("model") or "unknown device")
 
 
 def _sort_key(value: AxisValue) -> tuple[bool, AxisValue]:

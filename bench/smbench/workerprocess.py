@@ -76,13 +76,16 @@ class WorkerProcess:
                 start_new_session=True,
             )
         assert self._process.stdout is not None
-        threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
+        self._reader = threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True)
+        self._reader.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
             self._kill_group()
             self._process.wait()
+            # with the group gone the pipe has ended; not so if somebody left the group with it
+            self._reader.join(timeout=5)
             self._request_file.unlink(missing_ok=True)
             if self._log.stat().st_size == 0:
                 self._log.unlink()
@@ -109,13 +112,14 @@ class WorkerProcess:
             yield event
 
     def _read(self, stream: IO[bytes]) -> None:
-        for line in stream:
-            event = _event(line)
-            if event is None:
-                # half a line is no fault of its own: the process died while writing
-                self._no_event = line if line.endswith(b"\n") else None
-                break
-            self._events.put(event)
+        with stream:
+            for line in stream:
+                event = _event(line)
+                if event is None:
+                    # half a line is no fault of its own: the process died while writing
+                    self._no_event = line if line.endswith(b"\n") else None
+                    break
+                self._events.put(event)
         self._events.put(None)
 
     def _death(self) -> str:

@@ -31,6 +31,8 @@ class Hardware:
             "memory_bytes_per_s": self.memory_bytes_per_s,
             "l2_bytes": float(self.l2_bytes),
             "threads_per_sm": float(self.threads_per_sm),
+            # a program may use all of a multiprocessor's shared memory but 1 KiB
+            "shared_bytes_per_sm": float(self.shared_bytes_per_program + KIB),
         }
 
 

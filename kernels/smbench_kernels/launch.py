@@ -35,6 +35,19 @@ class Call:
     options: Mapping[str, int]
     """num_warps and num_stages."""
 
+    def binary(self) -> str:
+        """What decides which compiled kernel runs: constants, options, dtypes, and what Triton bakes in of integers."""
+        parts = [f"{name}={value}" for name, value in sorted(self.options.items())]
+        for parameter, value in zip(self.kernel.params, self.arguments, strict=True):
+            if parameter.is_constexpr:
+                parts.append(f"{parameter.name}={value}")
+            elif isinstance(value, int) and not parameter.do_not_specialize:
+                # Triton compiles 1 and multiples of 16 apart
+                parts.append(f"{parameter.name}:{'1' if value == 1 else '16' if value % 16 == 0 else 'any'}")
+            elif isinstance(value, torch.dtype):
+                parts.append(f"{parameter.name}:{value}")
+        return " ".join(parts)
+
 
 class Launcher:
     """Runs a call; the first run compiles it, later ones skip Triton's argument binding."""

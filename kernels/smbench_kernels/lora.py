@@ -118,21 +118,28 @@ def make_inputs(
     count = sizes.tokens if per_token else sizes.batch
     length = 1 if per_token else sizes.seq_len
     indices = draw_indices(count, sizes.loras, no_lora, seed)
-    if expands:
-        x = normal(sizes.tokens, sizes.rank, dtype=torch.float32)
-        weights = normal(sizes.loras, sizes.hidden, sizes.rank, dtype=sizes.dtype).mul_(sizes.rank**-0.5)
-        y = normal(sizes.tokens, sizes.hidden, dtype=sizes.dtype)
-    else:
-        x = normal(sizes.tokens, sizes.hidden, dtype=sizes.dtype)
-        weights = normal(sizes.loras, sizes.rank, sizes.hidden, dtype=sizes.dtype).mul_(sizes.hidden**-0.5)
-        y = normal(sizes.tokens, sizes.rank, dtype=torch.float32)
+    width_in, width_out = (sizes.rank, sizes.hidden) if expands else (sizes.hidden, sizes.rank)
+    dtypes = input_dtypes(point, expands=expands)
     return {
-        "x": x,
-        "weights": weights,
+        "x": normal(sizes.tokens, width_in, dtype=dtypes["x"]),
+        "weights": normal(sizes.loras, width_out, width_in, dtype=dtypes["weights"]).mul_(width_in**-0.5),
         "indices": indices.to(device),
-        "seq_lens": torch.full((count,), length, dtype=torch.int32, device=device),
-        "seq_starts": torch.arange(0, count * length, length, dtype=torch.int32, device=device),
-        "y": y,
+        "seq_lens": torch.full((count,), length, dtype=dtypes["seq_lens"], device=device),
+        "seq_starts": torch.arange(0, count * length, length, dtype=dtypes["seq_starts"], device=device),
+        "y": normal(sizes.tokens, width_out, dtype=dtypes["y"]),
+    }
+
+
+def input_dtypes(point: Point, *, expands: bool) -> dict[str, torch.dtype]:
+    """The dtype of each input, all that compiling a kernel needs of them."""
+    dtype = Sizes.of(point).dtype
+    return {
+        "x": torch.float32 if expands else dtype,
+        "weights": dtype,
+        "indices": torch.int32,
+        "seq_lens": torch.int32,
+        "seq_starts": torch.int32,
+        "y": dtype if expands else torch.float32,
     }
 
 

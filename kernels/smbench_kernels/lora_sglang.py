@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from smbench_kernels.lora import token_adapters
+from smbench_kernels.lora import SCALE, token_indices
 from smbench_kernels.lora_peers import incompatible, installed_version
 from smbench_kernels.op import Config, Inputs, Point, Prepared, UnsupportedPoint
 
@@ -46,7 +46,7 @@ def shrink(point: Point, inputs: Inputs) -> Prepared:
     """
     library = _library(inputs)
     x, weights, y = inputs["x"], inputs["weights"], inputs["y"]
-    adapters = token_adapters(point, inputs)
+    adapters = token_indices(inputs)
     rank, hidden_size = weights.shape[-2:]
     info = _chunks(library, adapters, weights.shape[0], rank)
     has_adapter = (adapters >= 0).unsqueeze(1)
@@ -56,7 +56,7 @@ def shrink(point: Point, inputs: Inputs) -> Prepared:
         latest[:] = [library.shrink(x, weights, info, 1)]
 
     def finish() -> None:
-        y.add_(torch.where(has_adapter, latest[0], 0))
+        y.add_(torch.where(has_adapter, latest[0], 0), alpha=SCALE)
 
     config = library.shrink_config(K=hidden_size, R=rank, num_slices=1, chunk_size=CHUNK)
     return Prepared(run, _with_chunk(config), "library", finish=finish)
@@ -69,7 +69,7 @@ def expand(point: Point, inputs: Inputs) -> Prepared:
     if x.dtype != weights.dtype:
         raise UnsupportedPoint(f"sglang's expand takes x in the dtype of the weights, {weights.dtype}, not {x.dtype}")
     hidden_size, rank = weights.shape[-2:]
-    info = _chunks(library, token_adapters(point, inputs), weights.shape[0], rank)
+    info = _chunks(library, token_indices(inputs), weights.shape[0], rank)
     slice_offsets = torch.tensor([0, hidden_size], dtype=torch.int32, device=y.device)
 
     def run() -> None:

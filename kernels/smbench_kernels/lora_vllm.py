@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from smbench_kernels.lora import token_adapters
+from smbench_kernels.lora import SCALE, token_indices
 from smbench_kernels.lora_peers import incompatible, installed_version
 from smbench_kernels.op import Config, Inputs, Point, Prepared, UnsupportedPoint
 
@@ -44,10 +44,10 @@ def shrink(point: Point, inputs: Inputs) -> Prepared:
     x, weights, y = inputs["x"], inputs["weights"], inputs["y"]
     # zeros, since the call returns early if no token has an adapter
     delta = torch.zeros((1, *y.shape), dtype=torch.float32, device=y.device)
-    metadata = _metadata(library, point, inputs)
+    metadata = _metadata(library, inputs)
 
     def run() -> None:
-        library.lora_shrink(x, [weights], delta, *metadata, 1.0)
+        library.lora_shrink(x, [weights], delta, *metadata, SCALE)
 
     def finish() -> None:
         y.add_(delta[0])
@@ -60,7 +60,7 @@ def expand(point: Point, inputs: Inputs) -> Prepared:
     """`lora_expand` adds `x` [T, r] times `weights` [L, h, r] to `y` [T, h]. UnsupportedPoint without vLLM."""
     library = _library(inputs)
     x, weights, y = inputs["x"], inputs["weights"], inputs["y"]
-    metadata = _metadata(library, point, inputs)
+    metadata = _metadata(library, inputs)
     sliced = x.unsqueeze(0)
 
     def run() -> None:
@@ -97,11 +97,11 @@ def _library(inputs: Inputs) -> _Library:
     return library
 
 
-def _metadata(library: _Library, point: Point, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+def _metadata(library: _Library, inputs: Inputs) -> tuple[torch.Tensor, ...]:
     """Tokens grouped by adapter, in the order that both calls take it. Runs on the device and synchronizes."""
     for cache in library.weight_caches:
         cache.clear()
-    adapters = token_adapters(point, inputs)
+    adapters = token_indices(inputs)
     tokens = adapters.numel()
     meta = library.make_metadata(inputs["weights"].shape[0], tokens, adapters.device)
     meta.prepare_tensors(adapters)

@@ -1,9 +1,10 @@
 """A time model of small, memory-bound kernels. Owns the constants; knows nothing of LoRA.
 
-A kernel is a number of equal programs, each a chain of dependent rounds of loads. Its time is the longest of: the
-chain's latency times the waves of resident programs, device memory traffic, L2 traffic, lane operations. The first
-term is what decides decode-sized work: few bytes, so latency must be hidden by many programs and many bytes in flight.
-The figures are orders of magnitude to rank configurations with, not predictions to publish.
+A kernel is a number of equal programs, each a chain of dependent rounds of loads. Latency is the chain's length times
+the waves of resident programs; traffic is the slowest of device memory, L2 and lane operations on the multiprocessors
+that have a program. Latency decides decode-sized work, with few bytes to hide it behind: it takes many programs with
+many bytes in flight. The two overlap in part, which the root of the sum of their squares stands for. The figures are
+orders of magnitude to rank configurations with, not predictions to publish.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ LATENCY_S = 0.7e-6
 """One load that misses the L2."""
 REDUCE_S = 1.2e-6
 """Store partials, count the arrival, load the partials of the others: three trips to the L2."""
+REDUCE_BYTES_PER_S = 60e9
+"""One program alone: some 24 KiB in flight at 0.4 us, the latency of the L2."""
 PROGRAM_S = 0.4e-9
 """Launching one more program."""
 L2_BYTES_PER_S_PER_SM = 40e9
@@ -42,21 +45,30 @@ class Plan:
     """Bytes that all programs load and store, repeated ones included."""
     operations: float
     """Lane instructions of all programs; 0 where the tensor cores do the work."""
-    split: int
-    """Programs that share one result; above 1 their partial sums are reduced."""
+    reduced_bytes: float = 0.0
+    """Partial sums that one program adds at the end, where several programs share a result."""
+    shared_bytes: int = 0
+    """Shared memory of one program."""
 
 
 def seconds(plan: Plan, device: Mapping[str, float]) -> float:
-    """Modelled time of one launch. `device` has sm_count, memory_bytes_per_s and, if known, threads_per_sm."""
+    """Modelled time of one launch.
+
+    `device` has `sm_count` and `memory_bytes_per_s`; `threads_per_sm` and `shared_bytes_per_sm` default to the least
+    that sm80, sm86, sm89 and sm90 have.
+    """
     sms = device["sm_count"]
-    per_sm = max(1, min(PROGRAMS_PER_SM, int(device.get("threads_per_sm", 1536)) // plan.threads))
+    by_threads = int(device.get("threads_per_sm", 1536)) // plan.threads
+    by_shared = int(device.get("shared_bytes_per_sm", 100 * 1024)) // max(1, plan.shared_bytes)
+    per_sm = max(1, min(PROGRAMS_PER_SM, by_threads, by_shared))
     waves = math.ceil(plan.programs / (sms * per_sm))
-    # the round before the first is the load of the LoRA index, on which every other load depends
+    # the round before the first is the load of the index, on which every other load depends
     latency_s = waves * (1 + plan.rounds) * LATENCY_S
-    busy_s = max(
-        latency_s,
-        plan.device_bytes / device["memory_bytes_per_s"] + LATENCY_S,
-        plan.cache_bytes / (sms * L2_BYTES_PER_S_PER_SM),
-        plan.operations / (sms * LANES_PER_S_PER_SM),
+    busy_sms = min(sms, plan.programs)
+    traffic_s = max(
+        plan.device_bytes / device["memory_bytes_per_s"],
+        plan.cache_bytes / (busy_sms * L2_BYTES_PER_S_PER_SM),
+        plan.operations / (busy_sms * LANES_PER_S_PER_SM),
     )
-    return LAUNCH_S + busy_s + plan.programs * PROGRAM_S + (REDUCE_S if plan.split > 1 else 0.0)
+    reduce_s = REDUCE_S + plan.reduced_bytes / REDUCE_BYTES_PER_S if plan.reduced_bytes else 0.0
+    return LAUNCH_S + math.hypot(latency_s, traffic_s) + plan.programs * PROGRAM_S + reduce_s

@@ -73,4 +73,3 @@ def order(
     by_model = [space[index] for seconds, index in sorted(predicted) if seconds <= limit]
     first = [config for config in space if config in list(hints)]
     return first + [config for config in by_model if config not in first]
-

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+
 from smbench_kernels.op import Inputs, Op, Point, Tolerance
 
 
@@ -83,7 +84,11 @@ def examine(verdict: Verdict, call: Callable[[], None], buffers: Inputs, truth: 
     if buffers["y"].is_cuda:
         torch.cuda.current_stream(buffers["y"].device).synchronize()
     verdict.rounds += 1
-    error = buffers["y"].double() - truth.expected
+    y, given = buffers["y"], truth.inputs["y"]
+    if y.shape != given.shape or y.dtype != given.dtype:
+        verdict.faults.append(f"{what}: y became {y.dtype}{list(y.shape)}, it was {given.dtype}{list(given.shape)}")
+        return
+    error = y.double() - truth.expected
     relative = float(torch.linalg.vector_norm(error))
     relative = relative / truth.norm if truth.norm else relative
     worst = float(error.abs().max()) if error.numel() else 0.0

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 import torch
-from smbench_kernels.op import Inputs, Op, Point, Prepared, UnsupportedPoint
-from smbench_kernels.registry import op as find_op
 
 from smbench.worker.compilations import Compilations
 from smbench.worker.gate import Truth, Verdict, examine, restore
 from smbench.worker.timing import Flush, Spec, Timing, capture, measure, measure_wall
+from smbench_kernels.op import Inputs, Op, Point, Prepared, UnsupportedPoint
+from smbench_kernels.registry import op as find_op
 
 CHECK_SEED = 7919
 """Added to a cell's seed for the inputs of the second round."""
@@ -76,7 +76,11 @@ class OpRunner:
         """What makes the request impossible as a whole, before anything is measured: unknown names and axes."""
         found: dict[str, None] = {}
         for job in jobs:
-            op = find_op(job.subject)
+            try:
+                op = find_op(job.subject)
+            except KeyError as error:
+                found[str(error.args[0])] = None
+                continue
             if job.provider not in op.providers:
                 known = ", ".join(op.providers)
                 found[f"op {job.subject!r} has no provider {job.provider!r}; known: {known}"] = None
@@ -112,6 +116,9 @@ class OpRunner:
                 traceback.print_exc(file=self._log)
                 result |= {"status": "crashed", "reason": f"{type(error).__name__}: {_first_line(error)}"}
                 self._find_out_if_broken()
+        if self._data and result["status"] in ("incorrect", "crashed"):
+            # what a provider did to buffers, integers included, is not for the next one to suffer from
+            self._data.sets.clear()
         result["compilations"] = self.compilations.count - compiled_before
         phases["compile"] = self.compilations.seconds - compile_before_s
         phases["total"] = time.perf_counter() - began
@@ -128,7 +135,8 @@ class OpRunner:
         prepare = op.provider(job.provider)
         verdict = Verdict(op.tolerance(job.axes))
         with _phase(phases, "check"):
-            prepared = prepare(job.axes, buffers)
+            # a mapping of its own: an entry that a provider replaces is no output
+            prepared = prepare(job.axes, dict(buffers))
             examine(verdict, _complete(prepared.run, prepared), buffers, data.truths[0], "first inputs")
         work = op.work(job.axes, data.truths[0].inputs)
         timings: dict[str, Timing] = {}

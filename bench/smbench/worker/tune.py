@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,18 +17,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from smbench_kernels.op import Config, Inputs, Op, Point, Tunable, UnsupportedPoint
-from smbench_kernels.registry import op as find_op
-from smbench_kernels.tune import FINAL_SAMPLES, Choice, search
 from triton.runtime.errors import OutOfResources
 
 from smbench.worker.gate import Truth, Verdict, examine, restore
 from smbench.worker.timing import Flush, capture, sample
+from smbench_kernels.op import Config, Inputs, Op, Point, Tunable, UnsupportedPoint
+from smbench_kernels.registry import op as find_op
+from smbench_kernels.tune import FINAL_SAMPLES, search
 
 WINDOW_S = 100e-6
 """A graph holds as many calls, each on buffers of its own, as fill about this time."""
 CALLS = 12
 SET_BYTES = 2 << 30
+HINTS = 3
+"""Winners of the points before that a search tries first."""
 
 
 @dataclass(slots=True)
@@ -100,22 +103,30 @@ def tune(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     began = time.perf_counter()
     count = _precompile(points, torch.cuda.get_device_capability(device))
     yield {"event": "compiled", "binaries": count, "seconds": time.perf_counter() - began}
-    hints: dict[str, list[Config]] = {}
+    known = [(find_op(row["subject"]), row["axes"], row["config"]) for row in request["known"]]
     with torch.cuda.stream(stream):
         for op, axes in points:
             began = time.perf_counter()
             tunable = op.tuning()
             clock = PointClock(op, tunable, axes, request["seed"], stream, flush)
-            choice = search(axes, tunable, facts, clock, hints.get(op.name, ())[-3:])
+            # what won at the points before is likely to be good here
+            hints = [config for other, _, config in known if other is op][-HINTS:]
+            choice = search(axes, tunable, facts, clock, hints)
             outcome: dict[str, Any] = {"event": "tuned", "subject": op.name, "axes": dict(axes)}
             if choice:
-                hints.setdefault(op.name, []).append(choice.config)
+                known.append((op, axes, choice.config))
                 outcome |= {
                     "config": dict(choice.config),
                     "time_s": choice.time_s,
                     "candidates": choice.candidates,
                     "timed": choice.timed,
                 }
+            yield outcome | {"seconds": time.perf_counter() - began}
+        drawn = random.Random(request["seed"]).sample(known, min(len(known), request["quality_points"]))
+        for op, axes, config in drawn:
+            began = time.perf_counter()
+            clock = PointClock(op, op.tuning(), axes, request["seed"], stream, flush)
+            outcome = {"event": "quality", "subject": op.name, "axes": dict(axes), **quality(clock, op, axes, config)}
             yield outcome | {"seconds": time.perf_counter() - began}
 
 
@@ -129,23 +140,28 @@ def device_facts(device: torch.device, memory_bytes_per_s: float | None) -> Mapp
     }
 
 
-def quality(op: Op, axes: Point, seed: int, chosen: Config, stream: torch.cuda.Stream, flush: Flush) -> dict[str, Any]:
-    """How a chosen configuration times against the exhaustive best of its point, both timed again side by side."""
-    tunable = op.tuning()
-    clock = PointClock(op, tunable, axes, seed, stream, flush)
-    screened = [(seconds, index, config) for index, config in enumerate(tunable.space(axes)) if (seconds := clock(config, 9))]
-    finalists = [config for _, _, config in sorted(screened, key=lambda entry: entry[:2])[:5]]
-    times: dict[int, list[float]] = {index: [] for index in range(len(finalists) + 1)}
+def quality(clock: PointClock, op: Op, axes: Point, chosen: Config) -> dict[str, Any]:
+    """How a chosen configuration times against the exhaustive best of its point, timed again side by side."""
+    space = op.tuning().space(axes)
+    screened = [(seconds, index) for index, config in enumerate(space) if (seconds := clock(config, 9))]
+    finalists = [chosen, *(space[index] for _, index in sorted(screened)[:5])]
+    times: list[list[float]] = [[] for _ in finalists]
     for turn in range(4):
-        entries = list(enumerate([chosen, *finalists]))
+        entries = list(enumerate(finalists))
         # there and back again, so that a drift of the clocks hits all alike
         for index, config in entries if turn % 2 == 0 else reversed(entries):
             seconds = clock(config, FINAL_SAMPLES)
             if seconds:
                 times[index].append(seconds)
-    medians = {index: statistics.median(values) for index, values in times.items() if values}
-    best = min(seconds for index, seconds in medians.items() if index > 0)
-    return {"chosen_s": medians[0], "best_s": best, "ratio": medians[0] / best, "candidates": len(screened)}
+    medians = [statistics.median(values) for values in times]
+    return {
+        "chosen_s": medians[0],
+        "best_s": min(medians[1:]),
+        "ratio": medians[0] / min(medians[1:]),
+        "config": dict(chosen),
+        "best_config": dict(finalists[1 + medians[1:].index(min(medians[1:]))]),
+        "screened": [[index, seconds] for seconds, index in screened],
+    }
 
 
 def _precompile(points: Sequence[tuple[Op, Point]], capability: tuple[int, int]) -> int:
@@ -172,9 +188,9 @@ def _copy_bandwidth(device: torch.device) -> float:
     """Bytes per second, read and written, of a copy far larger than the L2."""
     source = torch.empty(1 << 28, dtype=torch.float32, device=device).normal_()
     target = torch.empty_like(source)
-    stream = torch.cuda.current_stream(device)
-    elapsed, _ = sample(lambda: target.copy_(source) and None, 1, None, 6, stream)
+
+    def copy() -> None:
+        target.copy_(source)
+
+    elapsed, _ = sample(copy, 1, None, 6, torch.cuda.current_stream(device))
     return 2 * source.numel() * source.element_size() / statistics.median(elapsed[1:])
-
-
-__all__ = ["Choice", "PointClock", "device_facts", "quality", "tune"]

@@ -1,0 +1,137 @@
+"""sgmv_expand: y[t] += x[t] . B[lora(sequence)]^T, one LoRA index per sequence. Owns its kernel and search space.
+
+Grid (output tiles, token tiles, sequences): a program multiplies BLOCK_M tokens of one sequence with BLOCK_N rows of B on
+the tensor cores, in one step over the whole rank, and adds the tile to y. x is rounded to the weights' type first, as the
+serving engines do; the sum is float32 and y is rounded once. Ranks above 128 go through in steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import triton.language as tl
+
+from smbench_kernels.launch import Call, Workspace, ceil_div, jit, next_power_of_two
+from smbench_kernels.lora import Sizes, make_op
+from smbench_kernels.model import Plan
+from smbench_kernels.op import Config, Point
+from smbench_kernels.own import OwnKernel
+
+OP = make_op(
+    "sgmv_expand", "y[T, h] += x[T, r] . B[lora(sequence)]^T, one LoRA index per sequence", expands=True, per_token=False
+)
+
+
+@jit()
+def _sgmv_expand(
+    x_ptr: tl.tensor,
+    b_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    indices_ptr: tl.tensor,
+    starts_ptr: tl.tensor,
+    lengths_ptr: tl.tensor,
+    hidden: tl.tensor,
+    rank: tl.tensor,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STEPS_R: tl.constexpr,
+) -> None:
+    sequence = tl.program_id(2)
+    lora = tl.load(indices_ptr + sequence)
+    if lora < 0:
+        return
+    length = tl.load(lengths_ptr + sequence)
+    first = tl.program_id(1) * BLOCK_M
+    if first >= length:
+        return
+    # 64-bit bases, 32-bit offsets inside a tile
+    token = (tl.load(starts_ptr + sequence) + first).to(tl.int64)
+    column = tl.program_id(0) * BLOCK_N
+    m = tl.arange(0, BLOCK_M)
+    n = column + tl.arange(0, BLOCK_N)
+    m_ok = m < length - first
+    n_ok = n < hidden
+    b_at = b_ptr + lora.to(tl.int64) * hidden * rank + n[None, :] * rank
+    y_at = y_ptr + token * hidden + m[:, None] * hidden + n[None, :]
+    ok = m_ok[:, None] & n_ok[None, :]
+    # loaded before the product, so that the loads overlap
+    y = tl.load(y_at, mask=ok, other=0.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for step in tl.static_range(STEPS_R):
+        r = step * BLOCK_R + tl.arange(0, BLOCK_R)
+        r_ok = r < rank
+        x = tl.load(x_ptr + token * rank + m[:, None] * rank + r[None, :], mask=m_ok[:, None] & r_ok[None, :], other=0.0)
+        b = tl.load(b_at + r[:, None], mask=r_ok[:, None] & n_ok[None, :], other=0.0)
+        acc = tl.dot(x.to(b_ptr.dtype.element_ty), b, acc)
+    tl.store(y_at, (y.to(tl.float32) + acc).to(y_ptr.dtype.element_ty), mask=ok)
+
+
+def workspace_sizes(point: Point, config: Config) -> tuple[int, int]:
+    """None: every output has one owner."""
+    return 0, 0
+
+
+def call(point: Point, inputs: Mapping[str, Any], workspace: Workspace, config: Config) -> Call:
+    """The launch of a configuration. Tensors may be given as dtypes."""
+    sizes = Sizes.of(point)
+    block_r = min(128, max(16, next_power_of_two(sizes.rank)))
+    return Call(
+        kernel=_sgmv_expand,
+        grid=(ceil_div(sizes.hidden, config["BLOCK_N"]), ceil_div(sizes.seq_len, config["BLOCK_M"]), sizes.batch),
+        arguments=(
+            inputs["x"],
+            inputs["weights"],
+            inputs["y"],
+            inputs["indices"],
+            inputs["seq_starts"],
+            inputs["seq_lens"],
+            sizes.hidden,
+            sizes.rank,
+            config["BLOCK_M"],
+            config["BLOCK_N"],
+            block_r,
+            ceil_div(sizes.rank, block_r),
+        ),
+        options={"num_warps": config["num_warps"]},
+    )
+
+
+def space(point: Point) -> list[Config]:
+    """Tiles of 16 to 64 tokens by 32 to 256 outputs, without those whose sums alone fill half a thread's registers."""
+    sizes = Sizes.of(point)
+    found = []
+    for block_m in (16, 32, 64):
+        if block_m > max(16, next_power_of_two(sizes.seq_len)):
+            continue
+        for block_n in (32, 64, 128, 256):
+            if block_n > max(32, next_power_of_two(sizes.hidden)):
+                continue
+            for num_warps in (2, 4, 8):
+                if block_m * block_n <= 64 * 32 * num_warps:
+                    found.append({"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps})
+    return found
+
+
+def plan(point: Point, config: Config) -> Plan:
+    """What a configuration does, for the time model."""
+    sizes = Sizes.of(point)
+    tiles_m = sizes.batch * ceil_div(sizes.seq_len, config["BLOCK_M"])
+    tiles_n = ceil_div(sizes.hidden, config["BLOCK_N"])
+    y = sizes.tokens * sizes.hidden
+    weights = sizes.hidden * sizes.rank
+    return Plan(
+        programs=tiles_m * tiles_n,
+        threads=32 * config["num_warps"],
+        rounds=1,
+        device_bytes=4.0 * y + 2.0 * min(sizes.loras, sizes.batch) * weights + 4.0 * sizes.tokens * sizes.rank,
+        cache_bytes=4.0 * y + 2.0 * tiles_m * weights + 4.0 * tiles_n * sizes.tokens * sizes.rank,
+        operations=0.0,
+    )
+
+
+KERNEL = OwnKernel(OP, space, plan, workspace_sizes, call, expands=True)
+TUNABLE = KERNEL.tunable
+default = KERNEL.default
+tuned = KERNEL.tuned

@@ -1,0 +1,212 @@
+"""sgmv_shrink: y[t] += SCALE * x[t] . A[lora(sequence)]^T, one LoRA index per sequence. Owns its kernel and space.
+
+Grid (token tiles x rank tiles, SPLIT_K, sequences): a program multiplies BLOCK_M tokens of one sequence with BLOCK_N rows
+of A on the tensor cores, over every SPLIT_K-th block of columns. Where the columns are split, partial sums go to a
+workspace and the last program of a tile to arrive adds them in a fixed order, as in `bgmv_shrink`. Both operands of the
+product come from memory unchanged, which keeps clear of the ptxas fault with register operands of wgmma (kernels/NOTES.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import triton.language as tl
+
+from smbench_kernels.launch import Call, Workspace, ceil_div, jit, next_power_of_two
+from smbench_kernels.lora import SCALE, Sizes, make_op
+from smbench_kernels.model import Plan
+from smbench_kernels.op import Config, Point
+from smbench_kernels.own import OwnKernel
+
+OP = make_op(
+    "sgmv_shrink", "y[T, r] += x[T, h] . A[lora(sequence)]^T, one LoRA index per sequence", expands=False, per_token=False
+)
+
+SHARED_BYTES = 96 * 1024
+"""Most shared memory for the tiles in flight: what every supported card has, sm86 and sm89 the least with 99 KiB."""
+
+
+@jit(do_not_specialize=["split", "rank_tiles"])
+def _sgmv_shrink(
+    x_ptr: tl.tensor,
+    a_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    indices_ptr: tl.tensor,
+    starts_ptr: tl.tensor,
+    lengths_ptr: tl.tensor,
+    partials_ptr: tl.tensor,
+    counters_ptr: tl.tensor,
+    scale: tl.tensor,
+    hidden: tl.tensor,
+    rank: tl.tensor,
+    rank_tiles: tl.tensor,
+    split: tl.tensor,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+) -> None:
+    tile = tl.program_id(0)
+    part = tl.program_id(1)
+    sequence = tl.program_id(2)
+    lora = tl.load(indices_ptr + sequence)
+    if lora < 0:
+        return
+    length = tl.load(lengths_ptr + sequence)
+    first = tile // rank_tiles * BLOCK_M
+    if first >= length:
+        return
+    # 64-bit bases, 32-bit offsets inside a tile
+    token = (tl.load(starts_ptr + sequence) + first).to(tl.int64)
+    m = tl.arange(0, BLOCK_M)
+    n = tile % rank_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_ok = m < length - first
+    n_ok = n < rank
+    k = tl.arange(0, BLOCK_K)
+    x_at = x_ptr + token * hidden + m[:, None] * hidden
+    a_at = a_ptr + lora.to(tl.int64) * rank * hidden + n[None, :] * hidden
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for start in range(part * BLOCK_K, hidden, split * BLOCK_K):
+        cols = start + k
+        if EVEN_K:
+            x = tl.load(x_at + cols[None, :], mask=m_ok[:, None], other=0.0)
+            a = tl.load(a_at + cols[:, None], mask=n_ok[None, :], other=0.0)
+        else:
+            x = tl.load(x_at + cols[None, :], mask=m_ok[:, None] & (cols < hidden)[None, :], other=0.0)
+            a = tl.load(a_at + cols[:, None], mask=n_ok[None, :] & (cols < hidden)[:, None], other=0.0)
+        acc = tl.dot(x, a, acc)
+    y_at = y_ptr + token * rank + m[:, None] * rank + n[None, :]
+    ok = m_ok[:, None] & n_ok[None, :]
+    if split == 1:
+        tl.store(y_at, tl.load(y_at, mask=ok, other=0.0) + scale * acc, mask=ok)
+    else:
+        slot = sequence * tl.num_programs(0) + tile
+        inside = m[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        mine = partials_ptr + slot.to(tl.int64) * split * (BLOCK_M * BLOCK_N)
+        tl.store(mine + part.to(tl.int64) * (BLOCK_M * BLOCK_N) + inside, acc)
+        # every thread's partials must be out before one thread announces them
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counters_ptr + slot, 1, sem="acq_rel", scope="gpu")
+        if arrived == split - 1:
+            y = tl.load(y_at, mask=ok, other=0.0)
+            total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+            for start in range(0, split, BLOCK_S):
+                # unrolled, so that BLOCK_S loads are in flight
+                for ahead in tl.static_range(BLOCK_S):
+                    at = mine + (start + ahead) * (BLOCK_M * BLOCK_N) + inside
+                    # past the L1, which may hold an older launch's values
+                    total += tl.load(at, mask=start + ahead < split, other=0.0, cache_modifier=".cg")
+            tl.store(y_at, y + scale * total, mask=ok)
+            # ready for the next launch
+            tl.store(counters_ptr + slot, 0)
+
+
+def _tiles(sizes: Sizes, config: Config) -> tuple[int, int]:
+    """Token tiles of the longest sequence, and rank tiles."""
+    return ceil_div(sizes.seq_len, config["BLOCK_M"]), ceil_div(sizes.rank, config["BLOCK_N"])
+
+
+def workspace_sizes(point: Point, config: Config) -> tuple[int, int]:
+    """Partial sums and counters that a configuration needs."""
+    sizes = Sizes.of(point)
+    token_tiles, rank_tiles = _tiles(sizes, config)
+    slots = sizes.batch * token_tiles * rank_tiles
+    split = config["SPLIT_K"]
+    return (slots * split * config["BLOCK_M"] * config["BLOCK_N"], slots) if split > 1 else (0, 0)
+
+
+def call(point: Point, inputs: Mapping[str, Any], workspace: Workspace, config: Config) -> Call:
+    """The launch of a configuration. Tensors may be given as dtypes."""
+    sizes = Sizes.of(point)
+    token_tiles, rank_tiles = _tiles(sizes, config)
+    return Call(
+        kernel=_sgmv_shrink,
+        grid=(token_tiles * rank_tiles, config["SPLIT_K"], sizes.batch),
+        arguments=(
+            inputs["x"],
+            inputs["weights"],
+            inputs["y"],
+            inputs["indices"],
+            inputs["seq_starts"],
+            inputs["seq_lens"],
+            workspace.partials,
+            workspace.counters,
+            SCALE,
+            sizes.hidden,
+            sizes.rank,
+            rank_tiles,
+            config["SPLIT_K"],
+            config["BLOCK_M"],
+            config["BLOCK_N"],
+            config["BLOCK_K"],
+            sizes.hidden % config["BLOCK_K"] == 0,
+            # the last program loads at most 64 partial sums per thread at a time
+            max(1, min(16, 2048 * config["num_warps"] // (config["BLOCK_M"] * config["BLOCK_N"]))),
+        ),
+        options={"num_warps": config["num_warps"], "num_stages": config["num_stages"]},
+    )
+
+
+def _tile_bytes(config: Config) -> int:
+    """Shared memory of the tiles in flight."""
+    return config["num_stages"] * 2 * config["BLOCK_K"] * (config["BLOCK_M"] + config["BLOCK_N"])
+
+
+def space(point: Point) -> list[Config]:
+    """Tiles of 16 to 64 tokens, splits up to 64; BLOCK_N covers the rank up to 64.
+
+    Left out is what exceeds shared memory, and splits and tiles that would leave programs idle.
+    """
+    sizes = Sizes.of(point)
+    block_n = min(64, max(16, next_power_of_two(sizes.rank)))
+    found = []
+    for block_m in (16, 32, 64):
+        if block_m > max(16, next_power_of_two(sizes.seq_len)):
+            continue
+        for block_k in (64, 128, 256):
+            for split in (1, 2, 4, 8, 16, 32, 64):
+                if split > ceil_div(sizes.hidden, block_k):
+                    continue
+                for num_stages in (2, 3, 4):
+                    config = {
+                        "BLOCK_M": block_m,
+                        "BLOCK_N": block_n,
+                        "BLOCK_K": block_k,
+                        "SPLIT_K": split,
+                        "num_warps": 4,
+                        "num_stages": num_stages,
+                    }
+                    if _tile_bytes(config) <= SHARED_BYTES:
+                        found.append(config)
+    return found
+
+
+def plan(point: Point, config: Config) -> Plan:
+    """What a configuration does, for the time model."""
+    sizes = Sizes.of(point)
+    token_tiles, rank_tiles = _tiles(sizes, config)
+    split = config["SPLIT_K"]
+    tiles = sizes.batch * token_tiles * rank_tiles
+    blocks = ceil_div(ceil_div(sizes.hidden, config["BLOCK_K"]), split)
+    x = sizes.tokens * sizes.hidden
+    distinct = min(sizes.loras, sizes.batch) * sizes.rank * sizes.hidden
+    partials = tiles * split * config["BLOCK_M"] * config["BLOCK_N"] if split > 1 else 0
+    return Plan(
+        programs=tiles * split,
+        threads=32 * config["num_warps"],
+        # loads run num_stages - 1 blocks ahead
+        rounds=1 + (blocks - 1) / (config["num_stages"] - 1),
+        device_bytes=2.0 * (x + distinct) + 8.0 * sizes.tokens * sizes.rank,
+        cache_bytes=2.0 * tiles * sizes.hidden * (config["BLOCK_M"] + config["BLOCK_N"]) + 8.0 * partials,
+        operations=0.0,
+        reduced_bytes=4.0 * split * config["BLOCK_M"] * config["BLOCK_N"] if split > 1 else 0.0,
+        shared_bytes=_tile_bytes(config),
+    )
+
+
+KERNEL = OwnKernel(OP, space, plan, workspace_sizes, call, expands=False)
+TUNABLE = KERNEL.tunable
+default = KERNEL.default
+tuned = KERNEL.tuned
