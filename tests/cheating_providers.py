@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from smbench_kernels.op import Axis, Inputs, Op, Point, Prepared, Tolerance, UnsupportedPoint, Work
@@ -34,6 +35,28 @@ def honest(point: Point, inputs: Inputs) -> Prepared:
 
 def honest_add(point: Point, inputs: Inputs) -> Prepared:
     return library(lambda: inputs["y"].copy_(added(inputs)))
+
+
+def honest_finish(point: Point, inputs: Inputs) -> Prepared:
+    """A library that leaves its result in a buffer of its own, as engines' kernels do."""
+    own = torch.empty_like(inputs["y"])
+
+    def run() -> None:
+        own.copy_(inputs["x"][inputs["index"]])
+
+    def finish() -> None:
+        inputs["y"].add_(own)
+
+    return replace(library(run), finish=finish)
+
+
+def computed_in_finish(point: Point, inputs: Inputs) -> Prepared:
+    """Does its work where nothing is timed."""
+
+    def finish() -> None:
+        inputs["y"].copy_(scaled(inputs))
+
+    return replace(library(lambda: None), finish=finish)
 
 
 def constant(point: Point, inputs: Inputs) -> Prepared:
@@ -230,6 +253,7 @@ OPS = {
             "one_element_missing",
             "one_element_off",
             "not_a_number",
+            "computed_in_finish",
             "zeroes_its_input",
             "sorts_its_indices",
             "replaces_the_output",
@@ -244,6 +268,6 @@ OPS = {
         ),
     ),
     "add": operation(
-        "add", added, torch.randn, ("honest_add", "one_element_not_added", "overwritten_not_added", "nothing")
+        "add", added, torch.randn, ("honest_add", "honest_finish", "one_element_not_added", "overwritten_not_added", "nothing")
     ),
 }

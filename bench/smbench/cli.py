@@ -123,6 +123,7 @@ def run(
         try:
             with Progress(resolved, done) as progress:
                 runner.run(resolved, folder, progress.advance, _warn)
+            analysis = _report(folder)
         except KeyboardInterrupt as stop:
             _stopped(stop, again)
         except OSError as error:
@@ -130,7 +131,6 @@ def run(
             _fail(f"{error.strerror}: {_shown(folder)}; every result so far is intact; {advice}{again}", 1)
         except runner.WorkerCannotStart as error:
             _fail(f"{error}\nfix: see {_shown(folder)}/logs and `smbench doctor`; {again}", 1)
-        analysis = _report(folder)
     counts = analysis.counts()
     if as_json:
         _print_json({"folder": str(folder), "counts": counts, "report": str(folder / "report.md")})

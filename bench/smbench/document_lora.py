@@ -1,4 +1,4 @@
-"""What the report of document 000 says beyond tables of times: published numbers, defects with their evidence.
+"""What the report of document 000 says beyond tables of times: summaries over groups, and the published numbers.
 
 Pure values from a View and the published numbers. Owns no words and no format: those are in the template.
 """
@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
-from smbench.analysis import Comparison, Row
+from smbench.analysis import Comparison
 from smbench.cell import AxisValue
+from smbench.document_lora_defects import Counted, Defects, integer
 from smbench.published import Published
 from smbench.recipe import MeasureRow
 from smbench.stats import geometric_mean
@@ -19,8 +20,6 @@ from smbench.views import Axes, Plot, Versus, View
 
 SPLIT_HIDDEN_SIZE = 10240
 """The document stops at this size for sgmv, and its ratios differ below and above it."""
-WIDE_HIDDEN_SIZE = 102656
-"""From here on a later report has sgmv_expand failing with triton 3.0.0."""
 FASTEST = "fastest peer"
 
 
@@ -59,14 +58,6 @@ class PublishedRatio:
     """By peer of this run, at the same points."""
 
 
-@dataclass(frozen=True, slots=True)
-class Counted:
-    """So many of so many."""
-
-    count: int
-    of: int
-
-
 @dataclass(frozen=True)
 class Lora:
     """A run of the recipe of document 000, asked for what its report claims."""
@@ -78,6 +69,21 @@ class Lora:
     def split(self) -> int:
         """The hidden size that separates small from large."""
         return SPLIT_HIDDEN_SIZE
+
+    @property
+    def defects(self) -> Defects:
+        """The evidence that the document's defects are not this run's."""
+        return Defects(self.view)
+
+    @property
+    def fastest(self) -> str:
+        """The column that compares with the fastest of several peers."""
+        return FASTEST
+
+    def sizes(self, subject: str) -> list[str]:
+        """Which of `small` and `large` hidden sizes an operation has."""
+        points = self.view.points(subject)
+        return [sizes for sizes in ("small", "large") if any(_is(sizes, point) for point in points)]
 
     @property
     def families(self) -> Mapping[str, list[str]]:
@@ -105,6 +111,15 @@ class Lora:
             subject: self.view.versus(best, subject, measure, self.columns) for subject in self.view.analysis.subjects()
         }
         return {subject: found[0] for subject, found in lines.items() if found}
+
+    def verdicts(self, measure: str) -> Mapping[str, Mapping[str, Comparison]]:
+        """By operation: our best against the fastest peer and against our default, where there are numbers."""
+        columns = [name for name, against in self.columns.items() if against in (self.view.peers, [self.view.default])]
+        found = {
+            subject: {column: c for column in columns if (c := line.comparisons[column])}
+            for subject, line in self.overall(measure).items()
+        }
+        return {subject: comparisons for subject, comparisons in found.items() if comparisons}
 
     def by_batch(self, subject: str, measure: str) -> list[Versus]:
         """One line for each length and batch size."""
@@ -253,6 +268,15 @@ class Lora:
         rows = [row for row in found if row]
         return {peer: self.view.analysis.compare(rows, peer, measure.name) for peer in self.view.peers}
 
+    def published_slower(self) -> Counted:
+        """Of the published shrink points that have both: those where the document's kernel is slower when tuned."""
+        pairs = [
+            (times["jee", "tuned"], times["jee", "default"])
+            for (subject, _), times in self._published.items()
+            if subject.endswith("_shrink") and {("jee", "tuned"), ("jee", "default")} <= times.keys()
+        ]
+        return Counted(sum(tuned > default for tuned, default in pairs), len(pairs))
+
     def plots(self) -> list[Plot]:
         """The figures of the report."""
         measure = self.published_measure
@@ -265,119 +289,7 @@ class Lora:
         ]
         return [*self.view.plots(), *beside]
 
-    # the evidence behind "how this run cures them"
-
-    @property
-    def _ours(self) -> list[Row]:
-        return [row for p in (self.view.default, self.view.tuned) if p for row in self.view.rows(p)]
-
-    def tuned_sources(self) -> Mapping[str, Counted]:
-        """Of the tuned cells that ran: how many had a configuration tuned for that very point, how many another's."""
-        rows = [row for row in self.view.rows(self.view.tuned)] if self.view.tuned else []
-        ran = [row.result.selection for row in rows if row.result and row.result.selection]
-        return {
-            source: Counted(sum(selection.source.startswith(source) for selection in ran), len(ran))
-            for source in ("tuned-exact", "tuned-nearest")
-        }
-
-    def timed_of(self, subjects: Sequence[str]) -> Counted:
-        """Cells with a number, of those planned for some operations."""
-        rows = [row for row in self.view.analysis.rows if row.cell.subject in subjects]
-        return Counted(sum(bool(row.summaries) for row in rows), len(rows))
-
-    def published_slower(self) -> Counted:
-        """Of the published shrink points that have both: those where the document's kernel is slower when tuned."""
-        pairs = [
-            (times["jee", "tuned"], times["jee", "default"])
-            for (subject, _), times in self._published.items()
-            if subject.endswith("_shrink") and {("jee", "tuned"), ("jee", "default")} <= times.keys()
-        ]
-        return Counted(sum(tuned > default for tuned, default in pairs), len(pairs))
-
-    def refuted(self, guard: str) -> int:
-        """Cells that a guard refuted."""
-        return sum(f.guard == guard and f.severity == "refuted" for f in self.view.analysis.findings)
-
-    def axis(self, name: str) -> list[AxisValue]:
-        """The values that an axis takes in this run."""
-        return self.view.analysis.axis_values(name)
-
-    def checked(self) -> Counted:
-        """Cells whose output passed the comparison with the reference, of all that ran one."""
-        checks = [row.result.check for row in self.view.analysis.rows if row.result and row.result.check]
-        return Counted(sum(check.passed for check in checks), len(checks))
-
-    def check_rounds(self) -> tuple[int, int] | None:
-        """Fewest and most sets of fresh inputs behind a passed check."""
-        rounds = [r.result.check.rounds for r in self.view.analysis.rows if r.result and r.result.check]
-        return (min(rounds), max(rounds)) if rounds else None
-
-    def worst_error(self) -> tuple[float, float] | None:
-        """The relative error closest to its bound among passed checks, with that bound."""
-        checks = [row.result.check for row in self.view.analysis.rows if row.result and row.result.check]
-        errors = [
-            (check.relative_error / check.relative_bound, check.relative_error, check.relative_bound)
-            for check in checks
-            if check.passed and check.relative_error is not None
-        ]
-        return max(errors)[1:] if errors else None
-
-    def longest(self) -> Mapping[str, Counted]:
-        """Each provider at the longest sequences of sgmv: cells that passed the check, of those planned."""
-        lengths = [value for value in self.axis("seq_len") if isinstance(value, int)]
-        return {
-            provider: self._passed([row for row in self.view.rows(provider) if _longest(row, max(lengths))])
-            for provider in self.view.providers
-            if lengths
-        }
-
-    def widest(self, family: str) -> int:
-        """The largest hidden size that is planned for `bgmv` or `sgmv`."""
-        rows = [row for row in self.view.analysis.rows if row.cell.subject.startswith(family)]
-        return max((_int(row.cell.axes, "hidden_size") for row in rows), default=0)
-
-    def wide(self) -> Counted:
-        """Our cells at the widest hidden sizes that passed the check, of those that were planned."""
-        return self._passed([row for row in self._ours if _int(row.cell.axes, "hidden_size") >= WIDE_HIDDEN_SIZE])
-
-    def split_accumulation(self) -> Counted:
-        """Our shrink cells whose configuration splits the sum over several programs, of those that ran."""
-        ran = [
-            row.result.selection.config
-            for row in self._ours
-            if row.cell.subject.endswith("_shrink") and row.result and row.result.selection
-        ]
-        return Counted(sum(config.get("SPLIT_K", 1) > 1 for config in ran), len(ran))
-
-    def all_drawn(self) -> Counted:
-        """Points with at least as many indices as adapters, so that every adapter is used; of all points."""
-        points = [(subject, p) for subject in self.view.analysis.subjects() for p in self.view.points(subject)]
-        full = [
-            _int(point, "batch") * (_int(point, "seq_len") if subject.startswith("bgmv") else 1)
-            >= _int(point, "num_loras")
-            for subject, point in points
-        ]
-        return Counted(sum(full), len(full))
-
-    def hidden_sizes(self) -> Counted:
-        """Hidden sizes in the figures, of those planned: every one is plotted."""
-        planned = self.axis("hidden_size")
-        seen = {row.cell.axes["hidden_size"] for row in self.view.analysis.rows if row.summaries}
-        return Counted(len(seen), len(planned))
-
-    def _passed(self, rows: Sequence[Row]) -> Counted:
-        return Counted(self.view.count(rows, "ok", "verified"), len(rows))
-
-
-def _int(axes: Axes, name: str) -> int:
-    value = axes.get(name, 0)
-    return value if isinstance(value, int) else 0
-
 
 def _is(sizes: str, axes: Axes) -> bool:
     """Whether a point's hidden size is `small` or `large`."""
-    return (_int(axes, "hidden_size") <= SPLIT_HIDDEN_SIZE) == (sizes == "small")
-
-
-def _longest(row: Row, length: int) -> bool:
-    return row.cell.subject.startswith("sgmv") and row.cell.axes.get("seq_len") == length
+    return (integer(axes, "hidden_size") <= SPLIT_HIDDEN_SIZE) == (sizes == "small")

@@ -18,7 +18,7 @@ import torch
 
 from smbench_kernels.lora import SCALE, token_indices
 from smbench_kernels.lora_peers import incompatible, installed_version
-from smbench_kernels.op import Config, Inputs, Point, Prepared, UnsupportedPoint
+from smbench_kernels.op import Config, Inputs, Point, Prepared
 
 EXPECTED = "chunked_sgmv_lora_shrink_forward and chunked_sgmv_lora_expand_forward as in sglang 0.5.16 to 0.5.23"
 FOLDERS = ("sglang.kernels.ops.lora.dense", "sglang.kernels.ops.gemm")
@@ -63,20 +63,25 @@ def shrink(point: Point, inputs: Inputs) -> Prepared:
 
 
 def expand(point: Point, inputs: Inputs) -> Prepared:
-    """Chunked expand: adds `x` [T, r] times `weights` [L, h, r] to `y` [T, h], all of one dtype."""
+    """Chunked expand: adds `x` [T, r] times `weights` [L, h, r] to `y` [T, h], the latter two of one dtype.
+
+    sglang's shrink hands `x` on in that dtype too, while here it is float32: `begin` rounds it.
+    """
     library = _library(inputs)
     x, weights, y = inputs["x"], inputs["weights"], inputs["y"]
-    if x.dtype != weights.dtype:
-        raise UnsupportedPoint(f"sglang's expand takes x in the dtype of the weights, {weights.dtype}, not {x.dtype}")
     hidden_size, rank = weights.shape[-2:]
     info = _chunks(library, token_indices(inputs), weights.shape[0], rank)
     slice_offsets = torch.tensor([0, hidden_size], dtype=torch.int32, device=y.device)
+    rounded = x.to(weights.dtype)
+
+    def begin() -> None:
+        rounded.copy_(x)
 
     def run() -> None:
-        library.expand(x, weights, info, slice_offsets, hidden_size, y)
+        library.expand(rounded, weights, info, slice_offsets, hidden_size, y)
 
     config = library.expand_config(K=hidden_size, R=rank, num_slices=1, chunk_size=CHUNK)
-    return Prepared(run, _with_chunk(config), "library")
+    return Prepared(run, _with_chunk(config), "library", begin=begin)
 
 
 bgmv_shrink = sgmv_shrink = shrink

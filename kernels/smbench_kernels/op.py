@@ -57,7 +57,7 @@ class Tolerance:
 
 
 def _nothing() -> None:
-    """What is left to do after a call that wrote `y` itself."""
+    """What is left to do around a call that takes the inputs and writes `y` itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,9 @@ class Prepared:
     """`default`, `tuned-exact`, `tuned-nearest: <point>`, `given` or `library`."""
     kernels: Callable[[], Mapping[str, Mapping[str, int]]] = dict
     """After a first run: compiled facts by kernel name (num_warps, num_stages, shared_bytes, registers, spills)."""
+    begin: Callable[[], None] = _nothing
+    """Brings the inputs to the form in which a library's kernels hand them to each other: called once after the inputs
+    were written, before a `run`, never in a timed interval."""
     finish: Callable[[], None] = _nothing
     """Brings `y` to what the operation defines, where a library leaves its result in a buffer of its own: called once
     after a `run`, before the comparison, never in a timed interval. An engine reads that buffer where it is, so it would

@@ -78,12 +78,32 @@ def restore(buffers: Inputs, truth: Truth) -> None:
             buffer.copy_(truth.inputs[name])
 
 
-def examine(verdict: Verdict, call: Callable[[], None], buffers: Inputs, truth: Truth, what: str) -> None:
-    """Run a call on buffers that hold the truth's inputs and note every fault. Synchronizes the current stream only."""
+def examine(
+    verdict: Verdict,
+    call: Callable[[], None],
+    buffers: Inputs,
+    truth: Truth,
+    what: str,
+    finish: Callable[[], None] | None = None,
+) -> None:
+    """Run a call on buffers that hold the truth's inputs and note every fault. Synchronizes the current stream only.
+
+    `finish`, which no time covers, runs without the inputs: it can move a result into `y` but not compute one.
+    """
     call()
-    if buffers["y"].is_cuda:
-        torch.cuda.current_stream(buffers["y"].device).synchronize()
+    _wait(buffers)
     verdict.rounds += 1
+    inputs = {name: buffer for name, buffer in buffers.items() if name != "y"}
+    for name, buffer in inputs.items():
+        if not torch.equal(buffer, truth.inputs[name]):
+            verdict.faults.append(f"{what}: input {name!r} was changed in place")
+    if finish is not None:
+        for buffer in inputs.values():
+            if buffer.is_floating_point():
+                buffer.fill_(math.nan)
+        finish()
+        _wait(buffers)
+        restore(inputs, truth)
     y, given = buffers["y"], truth.inputs["y"]
     if y.shape != given.shape or y.dtype != given.dtype:
         verdict.faults.append(f"{what}: y became {y.dtype}{list(y.shape)}, it was {given.dtype}{list(given.shape)}")
@@ -101,9 +121,12 @@ def examine(verdict: Verdict, call: Callable[[], None], buffers: Inputs, truth: 
         verdict.faults.append(f"{what}: relative error {relative:.3g} exceeds {bound.relative:.3g}")
     elif not worst <= bound.elementwise:
         verdict.faults.append(f"{what}: largest error {worst:.3g} rms exceeds {bound.elementwise:.3g}")
-    for name, buffer in buffers.items():
-        if name != "y" and not torch.equal(buffer, truth.inputs[name]):
-            verdict.faults.append(f"{what}: input {name!r} was changed in place")
+
+
+def _wait(buffers: Inputs) -> None:
+    """Wait for the current stream alone: what a provider does elsewhere is not waited for by its user either."""
+    if buffers["y"].is_cuda:
+        torch.cuda.current_stream(buffers["y"].device).synchronize()
 
 
 def _worse(seen: float, new: float) -> float:

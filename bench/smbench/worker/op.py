@@ -137,16 +137,19 @@ class OpRunner:
         with _phase(phases, "check"):
             # a mapping of its own: an entry that a provider replaces is no output
             prepared = prepare(job.axes, dict(buffers))
-            examine(verdict, _complete(prepared.run, prepared), buffers, data.truths[0], "first inputs")
+            prepared.begin()
+            examine(verdict, prepared.run, buffers, data.truths[0], "first inputs", prepared.finish)
         work = op.work(job.axes, data.truths[0].inputs)
         timings: dict[str, Timing] = {}
         if verdict.passed and job.untimed_reason is None:
             timings = self._time(data, prepare, job.axes, prepared, phases)
-        with _phase(phases, "check"):
-            # captured before the inputs are there: work that is done while capturing, and not by the replay, shows
-            replay = self._replayed(prepared)
-            restore(buffers, data.truths[1])
-            examine(verdict, _complete(replay, prepared), buffers, data.truths[1], "second inputs")
+        if verdict.passed:
+            with _phase(phases, "check"):
+                # captured before the inputs are there: work that is done while capturing, and not by the replay, shows
+                replay = self._replayed(prepared)
+                restore(buffers, data.truths[1])
+                prepared.begin()
+                examine(verdict, replay, buffers, data.truths[1], "second inputs", prepared.finish)
         return {
             "check": verdict.record(),
             "work": {"bytes": work.bytes, "flops": work.flops},
@@ -244,16 +247,6 @@ class OpRunner:
                 torch.cuda.synchronize()
             except RuntimeError as error:
                 self.broken = _first_line(error)
-
-
-def _complete(call: Callable[[], None], prepared: Prepared) -> Callable[[], None]:
-    """A call with what the operation's definition adds to it, untimed."""
-
-    def complete() -> None:
-        call()
-        prepared.finish()
-
-    return complete
 
 
 @contextmanager
