@@ -207,11 +207,13 @@ def _finish(sheet: _Sheet) -> None:
     low, high = (math.log2(limit) for limit in sheet.panels[0].get_xlim())
     powers = range(math.ceil(low), math.floor(high) + 1)
     ticks = [2**power for power in powers[:: math.ceil(len(powers) / TICKS_ACROSS)]]
+    bottom, top = sheet.panels[0].get_ylim()
+    steps = (1, 2, 5) if top > 10 * bottom else (1, 1.5, 2, 3, 4, 5, 7)
     for i, panel in enumerate(sheet.panels):
         panel.xaxis.set_major_locator(FixedLocator(ticks))
         panel.xaxis.set_minor_locator(NullLocator())
         panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
-        panel.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+        panel.yaxis.set_major_locator(LogLocator(base=10, subs=steps))
         panel.yaxis.set_minor_locator(NullLocator())
         panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         panel.tick_params(axis="x", labelbottom=True)

@@ -20,7 +20,9 @@ from smbench_kernels.model import Plan
 from smbench_kernels.op import Config, Point
 from smbench_kernels.own import OwnKernel
 
-OP = make_op("bgmv_shrink", "y[T, r] += x[T, h] . A[lora(t)]^T, one LoRA index per token", expands=False, per_token=True)
+OP = make_op(
+    "bgmv_shrink", "y[T, r] += x[T, h] . A[lora(t)]^T, one LoRA index per token", expands=False, per_token=True
+)
 
 WEIGHTS_PER_THREAD = 32
 """Weights that a thread holds at once: four loads of 16 bytes in flight, and few enough registers not to spill."""

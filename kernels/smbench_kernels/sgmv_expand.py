@@ -19,7 +19,10 @@ from smbench_kernels.op import Config, Point
 from smbench_kernels.own import OwnKernel
 
 OP = make_op(
-    "sgmv_expand", "y[T, h] += x[T, r] . B[lora(sequence)]^T, one LoRA index per sequence", expands=True, per_token=False
+    "sgmv_expand",
+    "y[T, h] += x[T, r] . B[lora(sequence)]^T, one LoRA index per sequence",
+    expands=True,
+    per_token=False,
 )
 
 
@@ -62,7 +65,9 @@ def _sgmv_expand(
     for step in tl.static_range(STEPS_R):
         r = step * BLOCK_R + tl.arange(0, BLOCK_R)
         r_ok = r < rank
-        x = tl.load(x_ptr + token * rank + m[:, None] * rank + r[None, :], mask=m_ok[:, None] & r_ok[None, :], other=0.0)
+        x = tl.load(
+            x_ptr + token * rank + m[:, None] * rank + r[None, :], mask=m_ok[:, None] & r_ok[None, :], other=0.0
+        )
         b = tl.load(b_at + r[:, None], mask=r_ok[:, None] & n_ok[None, :], other=0.0)
         acc = tl.dot(x.to(b_ptr.dtype.element_ty), b, acc)
     tl.store(y_at, (y.to(tl.float32) + acc).to(y_ptr.dtype.element_ty), mask=ok)

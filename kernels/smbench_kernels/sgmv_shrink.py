@@ -20,7 +20,10 @@ from smbench_kernels.op import Config, Point
 from smbench_kernels.own import OwnKernel
 
 OP = make_op(
-    "sgmv_shrink", "y[T, r] += x[T, h] . A[lora(sequence)]^T, one LoRA index per sequence", expands=False, per_token=False
+    "sgmv_shrink",
+    "y[T, r] += x[T, h] . A[lora(sequence)]^T, one LoRA index per sequence",
+    expands=False,
+    per_token=False,
 )
 
 SHARED_BYTES = 96 * 1024
