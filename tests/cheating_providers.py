@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+
 from smbench_kernels.op import Axis, Inputs, Op, Point, Prepared, Tolerance, UnsupportedPoint, Work
 
 Compute = Callable[[Inputs], torch.Tensor]
@@ -90,7 +91,7 @@ def cached_by_address(point: Point, inputs: Inputs) -> Prepared:
 
 
 def only_the_first_call(point: Point, inputs: Inputs) -> Prepared:
-    calls = []
+    calls: list[None] = []
 
     def run() -> None:
         if not calls:
@@ -268,6 +269,9 @@ OPS = {
         ),
     ),
     "add": operation(
-        "add", added, torch.randn, ("honest_add", "honest_finish", "one_element_not_added", "overwritten_not_added", "nothing")
+        "add",
+        added,
+        torch.randn,
+        ("honest_add", "honest_finish", "one_element_not_added", "overwritten_not_added", "nothing"),
     ),
 }

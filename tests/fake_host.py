@@ -1,7 +1,8 @@
 """The real `smbench` command over a fake worker: `python fake_host.py RECIPES ARGUMENTS…`.
 
 Owns what a test cannot pass on the command line: where recipes lie, which worker is started, no GPU whatever the
-machine has, no figures, and, with FAKE_HOST_FILE_BYTES, a disk on which no file grows beyond that.
+machine has, and, unless FAKE_HOST_REPORT is set, an analysis in place of a whole report with its figures. With
+FAKE_HOST_FILE_BYTES it is a disk on which no file grows beyond that.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from smbench.analysis import Analysis
 
+WORKER = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
+
 
 def without_figures(folder: Path) -> Analysis:
     from smbench import report, runfolder
@@ -24,16 +27,23 @@ def without_figures(folder: Path) -> Analysis:
     return report.analysis_of(runfolder.load(folder))
 
 
-def main() -> None:
+def replacements(recipes: Path) -> list[tuple[object, str, object]]:
+    """Module, name and what stands there in a test."""
     from smbench import cli, resources, runner
 
-    recipes = Path(sys.argv.pop(1))
-    worker = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
-    resources.recipes_dir = lambda: recipes
-    runner.run = functools.partial(runner.run, worker_command=worker)
-    cli._device_name = lambda: None
-    if not os.environ.get("FAKE_HOST_REPORT"):
-        cli._report = without_figures
+    changed: list[tuple[object, str, object]] = [
+        (resources, "recipes_dir", lambda: recipes),
+        (runner, "run", functools.partial(runner.run, worker_command=WORKER)),
+        (cli, "_device_name", lambda: None),
+    ]
+    return changed if os.environ.get("FAKE_HOST_REPORT") else [*changed, (cli, "_report", without_figures)]
+
+
+def main() -> None:
+    from smbench import cli
+
+    for module, name, value in replacements(Path(sys.argv.pop(1))):
+        setattr(module, name, value)
     if limit := os.environ.get("FAKE_HOST_FILE_BYTES"):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))

@@ -1,8 +1,8 @@
 """A worker with scripted behaviour: speaks the protocol and measures nothing. What a job does is decided by its axes.
 
 `hidden_size` picks the behaviour: a number of BEHAVIOURS does what stands there, any other is an honest `ok` whose
-samples are known to the last digit (`samples_of`). Environment variables: FAKE_WORKER_DELAY_S, how long each cell takes;
-FAKE_WORKER_JOURNAL, a file that gets a line for every process and every cell that was begun.
+samples are known to the last digit (`samples_of`). Environment variables: FAKE_WORKER_DELAY_S, how long each cell
+takes; FAKE_WORKER_JOURNAL, a file that gets a line for every process and every cell that was begun.
 """
 
 from __future__ import annotations

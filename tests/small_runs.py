@@ -128,9 +128,7 @@ def cpu_plan(
 
 
 def cell(hidden_size: int = 100, provider: str = "torch", **axes: int | str) -> Cell:
-    return Cell(
-        kind="op", subject="bgmv_shrink", provider=provider, axes={"hidden_size": hidden_size, **axes}, seed=5
-    )
+    return Cell(kind="op", subject="bgmv_shrink", provider=provider, axes={"hidden_size": hidden_size, **axes}, seed=5)
 
 
 CHECK = Check(

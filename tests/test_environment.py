@@ -177,9 +177,9 @@ def test_nothing_personal_is_recorded(cuda: FakeNvml, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("name", "value", "recorded"),
     [
-        ("TRITON_INTERPRET", "1", "1"),
-        ("TRITON_INTERPRET", "True", "True"),
-        ("TRITON_INTERPRET", "hunter2", "set"),
+        ("TRITON_DEBUG", "1", "1"),
+        ("TRITON_DEBUG", "True", "True"),
+        ("TRITON_DEBUG", "hunter2", "set"),
         ("CUDA_VISIBLE_DEVICES", "0,1", "0,1"),
         ("CUDA_VISIBLE_DEVICES", "", ""),
         ("CUDA_VISIBLE_DEVICES", UUID, "set"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from cheating_providers import OPS
 from smbench.worker import op as worker_op
 from smbench.worker import timing
@@ -30,14 +31,17 @@ def operations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def job(provider: str, subject: str = "scale", untimed_reason: str | None = None, **axes: int | str) -> Job:
-    return Job("0123456789abcdef", subject, provider, {"n": 1000, "dtype": "float32"} | axes, 5, untimed_reason)
+    point: dict[str, int | str] = {"n": 1000, "dtype": "float32"}
+    return Job("0123456789abcdef", subject, provider, point | axes, 5, untimed_reason)
 
 
 def runner() -> OpRunner:
     return OpRunner(CPU, [WALL], io.StringIO())
 
 
-@pytest.mark.parametrize(("provider", "subject"), [("honest", "scale"), ("honest_add", "add"), ("honest_finish", "add")])
+@pytest.mark.parametrize(
+    ("provider", "subject"), [("honest", "scale"), ("honest_add", "add"), ("honest_finish", "add")]
+)
 def test_honest_work_is_measured(provider: str, subject: str) -> None:
     result = runner().run(job(provider, subject))
     assert (result["status"], result["reason"]) == ("ok", None)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
+
 from small_runs import CHECK, cell, environment, measurement, session, small_recipe, timed, untimed
 from smbench.analysis import analyse
 from smbench.arch import Device
@@ -58,7 +59,9 @@ def the_finding(guard: str, seen: Evidence) -> Finding:
 def test_a_clean_run_has_no_finding_of_any_guard() -> None:
     results = [timed(cell(size), (1e-6, 1e-6, 1.01e-6), telemetry=CLEAN_TELEMETRY) for size in (100, 200)]
     checks = ({"method": "graph", "expected_s": 4e-4, "measured_s": 4.04e-4},)
-    seen = evidence(results, environments=[environment(source={"dirty": False})], sessions=[session(timer_checks=checks)])
+    seen = evidence(
+        results, environments=[environment(source={"dirty": False})], sessions=[session(timer_checks=checks)]
+    )
     assert [finding for name in GUARDS for finding in findings(name, seen)] == []
 
 
@@ -66,9 +69,7 @@ def test_correctness_names_every_wrong_cell() -> None:
     wrong = untimed(cell(300), "incorrect", "first inputs: relative error 1 exceeds 0.01")
     finding = the_finding("correctness", evidence([timed(cell(100)), wrong]))
     assert (finding.severity, finding.cell_id) == ("refuted", wrong.cell_id)
-    assert finding.message == (
-        "bgmv_shrink/torch hidden_size=300: first inputs: relative error 1 exceeds 0.01"
-    )
+    assert finding.message == ("bgmv_shrink/torch hidden_size=300: first inputs: relative error 1 exceeds 0.01")
 
 
 def moved(bytes_: int, seconds: float, l2: str, flops: int = 0, **changes: Any) -> Result:
@@ -227,9 +228,7 @@ def test_what_a_guard_refutes_becomes_invalid_and_loses_its_number() -> None:
 
 
 def test_a_verified_cell_with_the_wrong_configuration_is_invalid_too() -> None:
-    result = untimed(
-        cell(100, "ours"), "verified", check=CHECK, selection=Selection(source="tuned-exact", config={})
-    )
+    result = untimed(cell(100, "ours"), "verified", check=CHECK, selection=Selection(source="tuned-exact", config={}))
     analysis = analyse(small_recipe(), "cpu", [result.cell], {result.cell_id: result}, [], [session()], None)
     assert analysis.rows[0].status == "invalid"
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from smbench_kernels import lora, lora_torch
 from smbench_kernels.op import Inputs, Point, Prepared
 

@@ -1,10 +1,11 @@
-"""A plan says beforehand what becomes of every cell here: timed, verified only or unsupported, and how long it takes."""
+"""A plan says beforehand what becomes of every cell: timed, verified only or unsupported, and how long it takes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+
 from small_runs import cpu_plan, recipe_text
 from smbench import plan, recipe
 from smbench.errors import UsageError
@@ -47,9 +48,7 @@ def test_an_unknown_profile_or_provider_lists_those_that_exist() -> None:
         made("fast")
     with pytest.raises(UsageError) as caught:
         made(only=("tourch",))
-    assert str(caught.value) == (
-        "unknown provider 'tourch' in profile 'cpu'; known: torch, ours, cuda-only, absent"
-    )
+    assert str(caught.value) == ("unknown provider 'tourch' in profile 'cpu'; known: torch, ours, cuda-only, absent")
 
 
 def test_every_cell_on_a_cpu_has_its_outcome_and_reason() -> None:

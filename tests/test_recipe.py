@@ -1,4 +1,4 @@
-"""Recipes load strictly: what is wrong is named by file, key path and the names that exist. Cells keep their identity."""
+"""Recipes load strictly: a fault is named by file, key path and the names that exist. Cells keep their identity."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from small_runs import RECIPE, REPOSITORY, recipe_text, small_recipe
 from smbench import recipe
 from smbench.cell import AxisValue, Cell

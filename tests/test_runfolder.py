@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from small_runs import cpu_plan, environment, session, timed, untimed
 from smbench import runfolder
 from smbench.errors import CorruptError, UsageError
@@ -115,7 +116,7 @@ def test_a_run_killed_while_it_made_the_folder_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_run_is_no_run_folder(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is not a run folder: it has no run.json"):
+    with pytest.raises(UsageError, match=r"is not a run folder: it has no run\.json"):
         runfolder.load(tmp_path)
 
 
@@ -126,9 +127,7 @@ def test_a_newer_format_is_refused(folder: Path, name: str) -> None:
     for use in (runfolder.load, create):
         with pytest.raises(CorruptError) as caught:
             use(folder)
-        assert str(caught.value) == (
-            f"{folder / name}: format 2 is newer than this smbench reads (1); update smbench"
-        )
+        assert str(caught.value) == (f"{folder / name}: format 2 is newer than this smbench reads (1); update smbench")
 
 
 @pytest.mark.parametrize("name", ["run.json", "plan.json", "recipe.toml"])
@@ -173,6 +172,7 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, bytes]
 
 
 @given(data=st.data())
+@settings(deadline=None)
 def test_cut_at_any_byte_every_whole_record_survives_and_the_rest_is_set_aside(
     cut: tuple[Path, bytes], data: st.DataObject
 ) -> None:
@@ -222,9 +222,9 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_ends(tmp_pat
     ) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(UsageError, match="another run is using .*; wait for it, or choose another"):
-            with runfolder.locked(folder):
-                pass
+        told = r"another run is using .*; wait for it, or choose another"
+        with pytest.raises(UsageError, match=told), runfolder.locked(folder):
+            pass
         # the lock of a killed holder is nobody's
         holder.kill()
     with runfolder.locked(folder):
@@ -235,9 +235,9 @@ def test_a_place_that_cannot_hold_a_run_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "report.md"
     file.touch()
     for place in (file, file / "below"):
-        with pytest.raises(UsageError, match=r"report.md.* cannot hold a run: .*; choose another folder with OUT="):
-            with runfolder.locked(place):
-                pass
+        told = r"report\.md.* cannot hold a run: .*; choose another folder with OUT="
+        with pytest.raises(UsageError, match=told), runfolder.locked(place):
+            pass
 
 
 FILL_THE_DISK = """

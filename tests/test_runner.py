@@ -13,8 +13,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import fake_worker
 import pytest
+
+import fake_worker
 from fake_worker import NEVER_READY, REFUSED, samples_of
 from small_runs import FAKE_WORKER, cpu_plan, recipe_text
 from smbench import runfolder, runner

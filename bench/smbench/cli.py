@@ -50,9 +50,7 @@ def list_recipes(as_json: AsJson = False) -> None:
     found = [recipe.load(recipe.find(name, resources.recipes_dir())) for name in recipe.names(resources.recipes_dir())]
     sizes = {entry.name: {profile: len(entry.cells(profile)) for profile in entry.profile} for entry in found}
     if as_json:
-        _print_json(
-            [{"name": r.name, "title": r.title, "document": r.document, "cells": sizes[r.name]} for r in found]
-        )
+        _print_json([{"name": r.name, "title": r.title, "document": r.document, "cells": sizes[r.name]} for r in found])
         return
     _table(
         ("recipe", "document", "profiles (cells)", "title"),

@@ -29,6 +29,8 @@ WIDTH_PX = 1200
 DPI = 120
 PANELS_ACROSS = 3
 TICKS_ACROSS = 6
+AXIS_MARGIN = 1.3
+"""Room above and below the lines."""
 LEAST_SPAN = 4.0
 """The time axis spans at least this factor, so that noise does not look like a trend."""
 FEW_POINTS = 12
@@ -93,7 +95,7 @@ def _duration(plot: Plot, lora: Lora) -> Figure:
         for provider in view.providers:
             _line(panel, lora, subject, provider, points, measure)
     # the bound is far below every time at small sizes: it must not stretch the axis that all panels share
-    _limit(sheet.panels[0])
+    _limit(sheet.panels)
     if plot.measure.l2 == "cold":
         for panel, points in zip(sheet.panels, sheet.groups, strict=True):
             _bound(panel, lora, subject, points)
@@ -124,6 +126,7 @@ def _published(plot: Plot, lora: Lora) -> Figure:
             if known:
                 what = _text(f"published: {name} {config}" if name == "jee" else f"published: {name}")
                 panel.plot(*zip(*known, strict=True), color=grey, linestyle=dash, linewidth=1.0, label=what)
+    _limit(sheet.panels)
     _finish(sheet)
     return sheet.figure
 
@@ -195,11 +198,13 @@ def _bound(panel: Panel, lora: Lora, subject: str, points: Sequence[Axes]) -> No
         )
 
 
-def _limit(panel: Panel) -> None:
-    """Fix the shared time axis to what is drawn so far, widened to LEAST_SPAN."""
-    low, high = panel.get_ylim()
-    widen = max(1.0, math.sqrt(LEAST_SPAN / (high / low)))
-    panel.set_ylim(low / widen, high * widen)
+def _limit(panels: Sequence[Panel]) -> None:
+    """Fix the shared time axis to the lines drawn so far, widened to LEAST_SPAN: one wild interval may leave it."""
+    drawn = [np.asarray(line.get_ydata(), dtype=float) for panel in panels for line in panel.get_lines()]
+    values = np.concatenate([values[np.isfinite(values)] for values in drawn])
+    low, high = float(values.min()), float(values.max())
+    margin = max(AXIS_MARGIN, math.sqrt(LEAST_SPAN / (high / low)))
+    panels[0].set_ylim(low / margin, high * margin)
 
 
 def _finish(sheet: _Sheet) -> None:

@@ -124,7 +124,7 @@ def quantity(value: object, name: str) -> Markup:
             ("_c", 1.0, "°C"),
         ):
             if name.endswith(ending):
-                return Markup(f"{value * factor:.6g} {unit}")
+                return Markup(f"{value * factor:.5g} {unit}")
         return Markup(f"{value:.6g}" if isinstance(value, float) else str(value))
     if isinstance(value, list | tuple):
         return Markup(", ".join(quantity(item, "") for item in value)) if value else Markup("none")
@@ -133,8 +133,9 @@ def quantity(value: object, name: str) -> Markup:
 
 def label(name: str) -> Markup:
     """An identifier as words, without the unit at its end, which `quantity` prints."""
-    words = re.sub(r"_(bytes_per_s|bytes|hz|w|s|c)$", "", name)
-    return escape(words.replace("_", " ").replace(".", ": "))
+    group, _, last = name.rpartition(".")
+    words = last if last.isupper() else re.sub(r"_(bytes_per_s|bytes|hz|w|s|c)$", "", last).replace("_", " ")
+    return escape(f"{group.replace('.', ': ')}: {words}" if group else words)
 
 
 def _digits(number: float) -> str:

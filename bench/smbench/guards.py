@@ -72,7 +72,7 @@ def roofline(evidence: Evidence) -> Iterator[Finding]:
     """Nothing is faster than its bytes or its arithmetic allow. From a warm cache, only what cannot fit it must move."""
     device = evidence.device
     if device is None or device.memory_bandwidth_bytes_per_s is None:
-        if any(result.cell.kind == "op" and result.measurements for result in evidence.results):
+        if any(m.method != "wall" for result in evidence.results for m in result.measurements):
             yield Finding(
                 "roofline",
                 "note",

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from smbench.result import Environment
 
+NONE_IS_A_FACT = ("cpu.quota_cores", "os.container")
+"""Paths of the record whose None says that there is none; any other None is an unknown."""
+
 
 @dataclass(frozen=True, slots=True)
 class Machines:
@@ -24,10 +27,14 @@ class Machines:
         return list(dict.fromkeys(str(version) for version in found if version is not None))
 
     def facts(self) -> Mapping[str, list[object]]:
-        """Every recorded fact by its path in the record, with its value in each environment; None where unknown."""
+        """Every recorded fact by its path in the record: its value, or its values where environments differ.
+
+        None stands for an unknown fact, the word `absent` for one that an environment does not have.
+        """
         leaves = [dict(_leaves(entry.environment)) for entry in self.environments]
         paths = dict.fromkeys(path for facts in leaves for path in facts if path not in ("format", "missing"))
-        return {path: [facts.get(path) for facts in leaves] for path in paths}
+        values = {path: [facts.get(path, "absent") for facts in leaves] for path in paths}
+        return {path: found[:1] if found.count(found[0]) == len(found) else found for path, found in values.items()}
 
     def unknown(self) -> list[str]:
         """Why facts are unknown, each reason once."""
@@ -53,5 +60,7 @@ def _leaves(tree: Mapping[str, object], path: str = "") -> Iterator[tuple[str, o
         here = f"{path}.{key}" if path else str(key)
         if isinstance(value, Mapping):
             yield from _leaves(value, here)
+        elif value is None and here in NONE_IS_A_FACT:
+            yield here, "none"
         else:
             yield here, value

@@ -29,7 +29,7 @@ class ProviderRow(Table):
 
     title: str
     """How reports and legends call it."""
-    color: str
+    color: Annotated[str, Field(pattern=r"^#[0-9a-f]{6}$")]
     """Line colour of its plots, `#rrggbb`."""
     requires: list[str] = []
     """Python packages that must be importable where it runs."""
@@ -43,7 +43,8 @@ class ProviderRow(Table):
 class MeasureRow(Table):
     """`[[profile.<name>.measure]]`: one way of timing every cell."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]
+    """Also part of file names."""
     title: str
     method: Literal["graph", "event", "wall"]
     l2: Literal["cold", "warm", "none"]

@@ -1,4 +1,4 @@
-"""The run folder: its files, its lock, its append-only results. Owns durability; knows nothing of how cells are measured.
+"""The run folder: its files, its lock, its append-only results. Owns durability; knows nothing of measuring.
 
 run.json        what the folder is: format, recipe, profile, smbench version
 recipe.toml     the recipe as it was, byte for byte: it loads again

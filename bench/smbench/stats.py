@@ -46,9 +46,9 @@ def summarize(sample_sets: Sequence[Sequence[float]]) -> list[Summary]:
         quantiles = np.percentile(table, [10, 50, 90], axis=1)
         for row, i in enumerate(members):
             p10, median, p90 = (float(q) for q in quantiles[:, row])
-            summaries[i] = Summary(
-                length, median, float(low[row]), float(high[row]), float(table[row].mean()), p10, p90
-            )
+            # interpolating between equal samples can miss them by a rounding, and no error bar may be negative
+            ci_low, ci_high = min(float(low[row]), median), max(float(high[row]), median)
+            summaries[i] = Summary(length, median, ci_low, ci_high, float(table[row].mean()), p10, p90)
     return [summaries[i] for i in range(len(sample_sets))]
 
 

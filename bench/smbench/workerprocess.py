@@ -91,7 +91,7 @@ class WorkerProcess:
                 self._log.unlink()
 
     def events(self, time_limit_s: float) -> Iterator[dict[str, Any]]:
-        """The worker's events until it is done. Refused, or WorkerStopped on death or after `time_limit_s` in a cell."""
+        """The worker's events until it is done. Refused; WorkerStopped on death or after `time_limit_s` in a cell."""
         limit_s = START_LIMIT_S
         while True:
             try:

@@ -1,8 +1,9 @@
-"""bgmv_expand: y[t] += x[t] . B[lora(t)]^T, one LoRA index per token. Owns its kernel and search space.
+"""bgmv_expand: y[t] += x[t] . B[lora(t)]^T, one LoRA index per token. Owns its kernels and search space.
 
-Grid (tokens, SPLIT_N): a program owns neighbouring blocks of BLOCK_N outputs of one token, so results need no reduction
-between programs and N need not divide by the split. Rows of B are contiguous: a block is one stretch of memory when the
-rank is a power of two. Accumulation is float32; y is rounded once.
+With GROUP 1 the grid is (tokens, SPLIT_N): a program owns neighbouring blocks of BLOCK_N outputs of one token, so N need
+not divide by the split. Rows of B are contiguous: a block is one stretch of memory when the rank is a power of two. With
+GROUP 16 the first token of every 16 with the same LoRA takes all of them through the tensor cores, one block of outputs a
+program. No result is shared between programs. Accumulation is float32; y is rounded once.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import triton.language as tl
 
 from smbench_kernels.launch import Call, Workspace, ceil_div, jit, next_power_of_two
 from smbench_kernels.lora import Sizes, make_op
+from smbench_kernels.lora_tiles import expand_tile, place_in_group
 from smbench_kernels.model import Plan
 from smbench_kernels.op import Config, Point
 from smbench_kernels.own import OwnKernel
@@ -22,6 +24,9 @@ OP = make_op("bgmv_expand", "y[T, h] += x[T, r] . B[lora(t)]^T, one LoRA index p
 
 WEIGHTS_PER_THREAD = 64
 """Most weights that a thread may hold at once without spilling: each is widened to float32 in its own register."""
+
+MAX_GROUPED_TOKENS = 512
+"""Most tokens among which each program looks for its group."""
 
 
 @jit(do_not_specialize=["blocks"])
@@ -56,6 +61,45 @@ def _bgmv_expand(
         tl.store(y_row + cols, (y.to(tl.float32) + change).to(y_ptr.dtype.element_ty), mask=col_ok)
 
 
+@jit(do_not_specialize=["tokens"])
+def _bgmv_expand_grouped(
+    x_ptr: tl.tensor,
+    b_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    indices_ptr: tl.tensor,
+    tokens: tl.tensor,
+    hidden: tl.tensor,
+    rank: tl.tensor,
+    GROUP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    STEPS_R: tl.constexpr,
+) -> None:
+    token = tl.program_id(0)
+    lora = tl.load(indices_ptr + token)
+    if lora < 0:
+        return
+    before, has_place = place_in_group(indices_ptr, token, lora, tokens, GROUP, BLOCK_T)
+    if before % GROUP != 0:
+        return
+    # 64-bit: T * h and L * h * r pass 2**31 at sizes that engines use
+    members = tl.sum(has_place.to(tl.int32) * tl.arange(0, BLOCK_T)[None, :], axis=1).to(tl.int64)
+    expand_tile(
+        x_ptr + members[:, None] * rank,
+        tl.sum(has_place.to(tl.int32), axis=1) > 0,
+        b_ptr + lora.to(tl.int64) * hidden * rank,
+        y_ptr + members[:, None] * hidden,
+        tl.program_id(1) * BLOCK_N,
+        hidden,
+        rank,
+        GROUP,
+        BLOCK_N,
+        BLOCK_R,
+        STEPS_R,
+    )
+
+
 def workspace_sizes(point: Point, config: Config) -> tuple[int, int]:
     """None: every output has one owner."""
     return 0, 0
@@ -64,31 +108,27 @@ def workspace_sizes(point: Point, config: Config) -> tuple[int, int]:
 def call(point: Point, inputs: Mapping[str, Any], workspace: Workspace, config: Config) -> Call:
     """The launch of a configuration. Tensors may be given as dtypes."""
     sizes = Sizes.of(point)
-    return Call(
-        kernel=_bgmv_expand,
-        grid=(sizes.tokens, config["SPLIT_N"], 1),
-        arguments=(
-            inputs["x"],
-            inputs["weights"],
-            inputs["y"],
-            inputs["indices"],
-            sizes.hidden,
-            sizes.rank,
-            ceil_div(ceil_div(sizes.hidden, config["BLOCK_N"]), config["SPLIT_N"]),
-            config["BLOCK_N"],
-            next_power_of_two(sizes.rank),
-        ),
-        options={"num_warps": config["num_warps"]},
-    )
+    tensors = (inputs["x"], inputs["weights"], inputs["y"], inputs["indices"])
+    options = {"num_warps": config["num_warps"]}
+    blocks = ceil_div(sizes.hidden, config["BLOCK_N"])
+    if config["GROUP"] == 1:
+        numbers = (sizes.hidden, sizes.rank, ceil_div(blocks, config["SPLIT_N"]))
+        constants = (config["BLOCK_N"], next_power_of_two(sizes.rank))
+        return Call(_bgmv_expand, (sizes.tokens, config["SPLIT_N"], 1), (*tensors, *numbers, *constants), options)
+    block_t = max(16, next_power_of_two(sizes.tokens))
+    block_r = min(128, max(16, next_power_of_two(sizes.rank)))
+    constants = (config["GROUP"], block_t, config["BLOCK_N"], block_r, ceil_div(sizes.rank, block_r))
+    arguments = (*tensors, sizes.tokens, sizes.hidden, sizes.rank, *constants)
+    return Call(_bgmv_expand_grouped, (sizes.tokens, blocks, 1), arguments, options)
 
 
 def space(point: Point) -> list[Config]:
-    """The document's blocks, splits and warps, with fewer warps and splits up to 1024 besides.
+    """The document's blocks, splits and warps; fewer warps, splits up to 1024 and groups of tokens besides.
 
     Left out is what would do the same work with idle programs, and blocks of more weights than a thread can hold.
     """
     sizes = Sizes.of(point)
-    found = []
+    found: list[Config] = []
     for block_n in (32, 64, 128, 256, 512, 1024):
         if block_n > max(32, next_power_of_two(sizes.hidden)):
             continue
@@ -98,27 +138,34 @@ def space(point: Point) -> list[Config]:
             for num_warps in (1, 2, 4, 8):
                 # the least block is always allowed, whatever the rank
                 held = block_n * next_power_of_two(sizes.rank) // (32 * num_warps)
-                if held > WEIGHTS_PER_THREAD and (block_n, num_warps) != (32, 8):
-                    continue
-                found.append({"BLOCK_N": block_n, "SPLIT_N": split, "num_warps": num_warps})
+                if held <= WEIGHTS_PER_THREAD or (block_n, num_warps) == (32, 8):
+                    found.append({"GROUP": 1, "BLOCK_N": block_n, "SPLIT_N": split, "num_warps": num_warps})
+        if 1 < sizes.tokens <= MAX_GROUPED_TOKENS and 64 <= block_n <= 256:
+            found += [{"GROUP": 16, "BLOCK_N": block_n, "num_warps": num_warps} for num_warps in (2, 4)]
     return found
 
 
 def plan(point: Point, config: Config) -> Plan:
     """What a configuration does, for the time model."""
     sizes = Sizes.of(point)
-    split = config["SPLIT_N"]
-    weights = sizes.tokens * sizes.hidden * sizes.rank
-    distinct = min(sizes.loras, sizes.tokens) * sizes.hidden * sizes.rank
+    group = config["GROUP"]
+    blocks = ceil_div(sizes.hidden, config["BLOCK_N"])
+    split = config["SPLIT_N"] if group == 1 else blocks
+    # tokens spread evenly over the LoRAs
+    used = min(sizes.loras, sizes.tokens)
+    groups = used * ceil_div(ceil_div(sizes.tokens, used), group)
+    weights = sizes.hidden * sizes.rank
     y = sizes.tokens * sizes.hidden
     return Plan(
-        programs=sizes.tokens * split,
+        programs=groups * split,
         threads=32 * config["num_warps"],
-        rounds=ceil_div(ceil_div(sizes.hidden, config["BLOCK_N"]), split),
-        device_bytes=2.0 * distinct + 4.0 * y,
-        cache_bytes=2.0 * weights + 4.0 * y + 4.0 * sizes.tokens * split * sizes.rank,
+        # grouping takes about as long as a load
+        rounds=ceil_div(blocks, split) + (group > 1),
+        device_bytes=2.0 * used * weights + 4.0 * y,
+        cache_bytes=2.0 * groups * weights + 4.0 * y + 4.0 * sizes.tokens * split * sizes.rank,
         # convert and multiply-add each weight, load several at once, shuffle and round each output
-        operations=weights * 2.2 + y * 8.0,
+        operations=sizes.tokens * weights * 2.2 + y * 8.0 if group == 1 else 0.0,
+        idle_programs=(sizes.tokens - groups) * split,
     )
 
 

@@ -1,10 +1,10 @@
-"""bgmv_shrink: y[t] += SCALE * x[t] . A[lora(t)]^T, one LoRA index per token. Owns its kernel and search space.
+"""bgmv_shrink: y[t] += SCALE * x[t] . A[lora(t)]^T, one LoRA index per token. Owns its kernels and search space.
 
-Grid (tokens, SPLIT_K, rank tiles): a program multiplies BLOCK_R rows of A with the columns k of its slice by plain
-multiply-adds, since one token gives a tensor core nothing to share. Programs of one slice come first, so that tokens
-with the same LoRA read the same weights at the same time. Where the columns are split, partial sums go to a workspace
-and the last program to arrive adds them in a fixed order: the same bits on every run, no zero-filled output, no float
-atomics.
+Grid (tokens, SPLIT_K, rank tiles). With GROUP 1 a program multiplies BLOCK_R rows of A with its share of one token's
+columns by plain multiply-adds: a single token gives a tensor core nothing to share. With GROUP 16 the first token of
+every 16 with the same LoRA takes all of them through the tensor cores, which reads the weights once for 16 tokens, and
+the programs of the others end at once. Where the columns are split, partial sums go to a workspace and the last program
+to arrive adds them in a fixed order: the same bits on every run, no zero-filled output, no float atomics.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import triton.language as tl
 
 from smbench_kernels.launch import Call, Workspace, ceil_div, jit, next_power_of_two
 from smbench_kernels.lora import SCALE, Sizes, make_op
+from smbench_kernels.lora_tiles import place_in_group, shrink_tile
 from smbench_kernels.model import Plan
 from smbench_kernels.op import Config, Point
 from smbench_kernels.own import OwnKernel
@@ -26,6 +27,9 @@ OP = make_op(
 
 WEIGHTS_PER_THREAD = 32
 """Weights that a thread holds at once: four loads of 16 bytes in flight, and few enough registers not to spill."""
+
+MAX_GROUPED_TOKENS = 512
+"""Most tokens among which each program looks for its group."""
 
 
 @jit(do_not_specialize=["split"])
@@ -90,82 +94,136 @@ def _bgmv_shrink(
             tl.store(counters_ptr + slot, 0)
 
 
+@jit(do_not_specialize=["tokens", "split"])
+def _bgmv_shrink_grouped(
+    x_ptr: tl.tensor,
+    a_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    indices_ptr: tl.tensor,
+    partials_ptr: tl.tensor,
+    counters_ptr: tl.tensor,
+    scale: tl.tensor,
+    tokens: tl.tensor,
+    hidden: tl.tensor,
+    rank: tl.tensor,
+    split: tl.tensor,
+    GROUP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+) -> None:
+    token = tl.program_id(0)
+    lora = tl.load(indices_ptr + token)
+    if lora < 0:
+        return
+    before, has_place = place_in_group(indices_ptr, token, lora, tokens, GROUP, BLOCK_T)
+    if before % GROUP != 0:
+        return
+    # 64-bit: T * h and L * r * h pass 2**31 at sizes that engines use
+    members = tl.sum(has_place.to(tl.int32) * tl.arange(0, BLOCK_T)[None, :], axis=1).to(tl.int64)
+    shrink_tile(
+        x_ptr + members[:, None] * hidden,
+        tl.sum(has_place.to(tl.int32), axis=1) > 0,
+        a_ptr + lora.to(tl.int64) * rank * hidden,
+        y_ptr + members[:, None] * rank,
+        partials_ptr,
+        counters_ptr,
+        token * tl.num_programs(2) + tl.program_id(2),
+        tl.program_id(1),
+        tl.program_id(2),
+        scale,
+        hidden,
+        rank,
+        split,
+        GROUP,
+        BLOCK_R,
+        BLOCK_K,
+        EVEN_K,
+        BLOCK_S,
+    )
+
+
 def workspace_sizes(point: Point, config: Config) -> tuple[int, int]:
     """Partial sums and counters that a configuration needs."""
     sizes = Sizes.of(point)
     split = config["SPLIT_K"]
     slots = sizes.tokens * ceil_div(sizes.rank, config["BLOCK_R"])
-    return (slots * split * config["BLOCK_R"], slots) if split > 1 else (0, 0)
+    return (slots * split * config["GROUP"] * config["BLOCK_R"], slots) if split > 1 else (0, 0)
 
 
 def call(point: Point, inputs: Mapping[str, Any], workspace: Workspace, config: Config) -> Call:
     """The launch of a configuration. Tensors may be given as dtypes."""
     sizes = Sizes.of(point)
     block_r = config["BLOCK_R"]
-    # the last program loads 16 partial sums per thread at a time
-    block_s = min(256, max(4, 512 * config["num_warps"] // block_r))
-    return Call(
-        kernel=_bgmv_shrink,
-        grid=(sizes.tokens, config["SPLIT_K"], ceil_div(sizes.rank, block_r)),
-        arguments=(
-            inputs["x"],
-            inputs["weights"],
-            inputs["y"],
-            inputs["indices"],
-            workspace.partials,
-            workspace.counters,
-            SCALE,
-            sizes.hidden,
-            sizes.rank,
-            config["SPLIT_K"],
-            block_r,
-            config["BLOCK_K"],
-            block_s,
-        ),
-        options={"num_warps": config["num_warps"]},
-    )
+    grid = (sizes.tokens, config["SPLIT_K"], ceil_div(sizes.rank, block_r))
+    tensors = (inputs["x"], inputs["weights"], inputs["y"], inputs["indices"], workspace.partials, workspace.counters)
+    if config["GROUP"] == 1:
+        # the last program loads 16 partial sums per thread at a time
+        block_s = min(256, max(4, 512 * config["num_warps"] // block_r))
+        numbers = (SCALE, sizes.hidden, sizes.rank, config["SPLIT_K"])
+        constants = (block_r, config["BLOCK_K"], block_s)
+        options = {"num_warps": config["num_warps"]}
+        return Call(_bgmv_shrink, grid, (*tensors, *numbers, *constants), options)
+    block_t = max(16, next_power_of_two(sizes.tokens))
+    block_s = max(1, min(16, 2048 * config["num_warps"] // (config["GROUP"] * block_r)))
+    numbers = (SCALE, sizes.tokens, sizes.hidden, sizes.rank, config["SPLIT_K"])
+    even = sizes.hidden % config["BLOCK_K"] == 0
+    constants = (config["GROUP"], block_t, block_r, config["BLOCK_K"], even, block_s)
+    options = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
+    return Call(_bgmv_shrink_grouped, grid, (*tensors, *numbers, *constants), options)
 
 
 def space(point: Point) -> list[Config]:
-    """The document's blocks, splits and warps; larger blocks, and fewer warps, besides.
+    """The document's blocks, splits and warps; larger blocks, fewer warps, and groups of tokens besides.
 
     Left out is what would do the same work with idle programs: blocks past the hidden size, splits past the number of
     blocks. BLOCK_R follows from what a thread can hold, so that a wide block takes few rows and many programs.
     """
     sizes = Sizes.of(point)
-    found = []
+    ranks = next_power_of_two(sizes.rank)
+    found: list[Config] = []
     for block_k in (32, 64, 128, 256, 512, 1024, 2048, 4096):
         if block_k > max(32, next_power_of_two(sizes.hidden)):
             continue
         for split in (1, 2, 4, 8, 16, 32, 64, 128, 256):
             if split > ceil_div(sizes.hidden, block_k):
                 continue
+            blocks = {"BLOCK_K": block_k, "SPLIT_K": split}
             for num_warps in (1, 2, 4, 8):
                 rows = num_warps * 32 * WEIGHTS_PER_THREAD // block_k
-                if rows == 0:
-                    continue
-                block_r = min(rows, next_power_of_two(sizes.rank), 64)
-                found.append({"BLOCK_R": block_r, "BLOCK_K": block_k, "SPLIT_K": split, "num_warps": num_warps})
+                if rows:
+                    found.append({"GROUP": 1, "BLOCK_R": min(rows, ranks, 64), **blocks, "num_warps": num_warps})
+            if 1 < sizes.tokens <= MAX_GROUPED_TOKENS and 64 <= block_k <= 256:
+                block_r = min(64, max(16, ranks))
+                found.append({"GROUP": 16, "BLOCK_R": block_r, **blocks, "num_warps": 4, "num_stages": 3})
     return found
 
 
 def plan(point: Point, config: Config) -> Plan:
     """What a configuration does, for the time model."""
     sizes = Sizes.of(point)
-    tiles = ceil_div(sizes.rank, config["BLOCK_R"])
-    split = config["SPLIT_K"]
-    weights = sizes.tokens * sizes.rank * sizes.hidden
-    distinct = min(sizes.loras, sizes.tokens) * sizes.rank * sizes.hidden
+    group, block_r, split = config["GROUP"], config["BLOCK_R"], config["SPLIT_K"]
+    tiles = ceil_div(sizes.rank, block_r)
+    blocks = ceil_div(ceil_div(sizes.hidden, config["BLOCK_K"]), split)
+    # tokens spread evenly over the LoRAs
+    used = min(sizes.loras, sizes.tokens)
+    groups = used * ceil_div(ceil_div(sizes.tokens, used), group)
     x = sizes.tokens * sizes.hidden
+    weights = sizes.rank * sizes.hidden
+    partials = groups * tiles * split * group * block_r if split > 1 else 0
     return Plan(
-        programs=sizes.tokens * split * tiles,
+        programs=groups * split * tiles,
         threads=32 * config["num_warps"],
-        rounds=ceil_div(ceil_div(sizes.hidden, config["BLOCK_K"]), split),
-        device_bytes=2.0 * (distinct + x),
-        cache_bytes=2.0 * (weights + x * tiles) + 8.0 * sizes.tokens * tiles * config["BLOCK_R"] * (split > 1) * split,
+        # grouping takes about as long as a load; grouped loads run num_stages - 1 blocks ahead
+        rounds=blocks if group == 1 else 2 + (blocks - 1) / (config["num_stages"] - 1),
+        device_bytes=2.0 * (used * weights + x),
+        cache_bytes=2.0 * (groups * weights + x * tiles) + 8.0 * partials,
         # convert and multiply-add each weight, load several at once, share x among rows
-        operations=weights * (2.2 + 1.5 / config["BLOCK_R"]),
-        reduced_bytes=4.0 * split * config["BLOCK_R"] if split > 1 else 0.0,
+        operations=sizes.tokens * weights * (2.2 + 1.5 / block_r) if group == 1 else 0.0,
+        reduced_bytes=4.0 * split * group * block_r if split > 1 else 0.0,
+        idle_programs=(sizes.tokens - groups) * split * tiles,
     )
 
 

@@ -68,7 +68,7 @@ def compile_for(call: Call, capability: int) -> Any:
 
 
 def resources(compiled: Any) -> Resources:
-    """Shared memory, registers and stack of a compiled kernel, from its cubin. CalledProcessError if it is unreadable."""
+    """Shared memory, registers and stack of a compiled kernel. CalledProcessError where its cubin cannot be read."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])

@@ -108,10 +108,10 @@ def make_inputs(
       bgmv's sequences are its tokens: S = T and every length is 1;
     - `no_lora` of the S indices are -1.
 
-    Values are normal with variance 1 for `x` and 1/n for weights of a sum of n terms, so that a call changes `y` by about
-    1 everywhere; `y` starts at a quarter of that, lest its rounding hide the change. However often calls accumulate into
-    float16, `y` cannot overflow: beyond 2**15 its spacing is 32, and a change below 16 rounds away. In bfloat16 and
-    float32 the range is out of reach.
+    Values are normal with variance 1 for `x` and 1/n for weights of a sum of n terms, so that a call changes `y` by
+    about 1 everywhere; `y` starts at a quarter of that, lest its rounding hide the change. However often calls
+    accumulate into float16, `y` cannot overflow: beyond 2**15 its spacing is 32, and a change below 16 rounds away. In
+    bfloat16 and float32 the range is out of reach.
     """
     sizes = Sizes.of(point)
     generator = torch.Generator(device=device).manual_seed(seed)

@@ -1,8 +1,8 @@
 """sgmv_expand: y[t] += x[t] . B[lora(sequence)]^T, one LoRA index per sequence. Owns its kernel and search space.
 
-Grid (output tiles, token tiles, sequences): a program multiplies BLOCK_M tokens of one sequence with BLOCK_N rows of B on
-the tensor cores, in one step over the whole rank, and adds the tile to y. x is rounded to the weights' type first, as the
-serving engines do; the sum is float32 and y is rounded once. Ranks above 128 go through in steps.
+Grid (output tiles, token tiles, sequences): a program multiplies BLOCK_M tokens of one sequence with BLOCK_N rows of B
+on the tensor cores, in one step over the whole rank, and adds the tile to y. x is rounded to the weights' type before,
+as the serving engines do; the sum is float32 and y is rounded once. Ranks above 128 take several steps.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import triton.language as tl
 
 from smbench_kernels.launch import Call, Workspace, ceil_div, jit, next_power_of_two
 from smbench_kernels.lora import Sizes, make_op
+from smbench_kernels.lora_tiles import expand_tile
 from smbench_kernels.model import Plan
 from smbench_kernels.op import Config, Point
 from smbench_kernels.own import OwnKernel
@@ -49,28 +50,22 @@ def _sgmv_expand(
     first = tl.program_id(1) * BLOCK_M
     if first >= length:
         return
-    # 64-bit bases, 32-bit offsets inside a tile
+    # 64-bit: T * h and L * h * r pass 2**31 at sizes that engines use
     token = (tl.load(starts_ptr + sequence) + first).to(tl.int64)
-    column = tl.program_id(0) * BLOCK_N
     m = tl.arange(0, BLOCK_M)
-    n = column + tl.arange(0, BLOCK_N)
-    m_ok = m < length - first
-    n_ok = n < hidden
-    b_at = b_ptr + lora.to(tl.int64) * hidden * rank + n[None, :] * rank
-    y_at = y_ptr + token * hidden + m[:, None] * hidden + n[None, :]
-    ok = m_ok[:, None] & n_ok[None, :]
-    # loaded before the product, so that the loads overlap
-    y = tl.load(y_at, mask=ok, other=0.0)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for step in tl.static_range(STEPS_R):
-        r = step * BLOCK_R + tl.arange(0, BLOCK_R)
-        r_ok = r < rank
-        x = tl.load(
-            x_ptr + token * rank + m[:, None] * rank + r[None, :], mask=m_ok[:, None] & r_ok[None, :], other=0.0
-        )
-        b = tl.load(b_at + r[:, None], mask=r_ok[:, None] & n_ok[None, :], other=0.0)
-        acc = tl.dot(x.to(b_ptr.dtype.element_ty), b, acc)
-    tl.store(y_at, (y.to(tl.float32) + acc).to(y_ptr.dtype.element_ty), mask=ok)
+    expand_tile(
+        x_ptr + token * rank + m[:, None] * rank,
+        m < length - first,
+        b_ptr + lora.to(tl.int64) * hidden * rank,
+        y_ptr + token * hidden + m[:, None] * hidden,
+        tl.program_id(0) * BLOCK_N,
+        hidden,
+        rank,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_R,
+        STEPS_R,
+    )
 
 
 def workspace_sizes(point: Point, config: Config) -> tuple[int, int]:
@@ -106,7 +101,7 @@ def call(point: Point, inputs: Mapping[str, Any], workspace: Workspace, config: 
 def space(point: Point) -> list[Config]:
     """Tiles of 16 to 64 tokens by 32 to 256 outputs, without those whose sums alone fill half a thread's registers."""
     sizes = Sizes.of(point)
-    found = []
+    found: list[Config] = []
     for block_m in (16, 32, 64):
         if block_m > max(16, next_power_of_two(sizes.seq_len)):
             continue

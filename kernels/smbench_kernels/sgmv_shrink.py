@@ -1,9 +1,10 @@
 """sgmv_shrink: y[t] += SCALE * x[t] . A[lora(sequence)]^T, one LoRA index per sequence. Owns its kernel and space.
 
-Grid (token tiles x rank tiles, SPLIT_K, sequences): a program multiplies BLOCK_M tokens of one sequence with BLOCK_N rows
-of A on the tensor cores, over every SPLIT_K-th block of columns. Where the columns are split, partial sums go to a
+Grid (token tiles x rank tiles, SPLIT_K, sequences): a program multiplies BLOCK_M tokens of one sequence with BLOCK_N
+rows of A on the tensor cores, over every SPLIT_K-th block of columns. Where the columns are split, partial sums go to a
 workspace and the last program of a tile to arrive adds them in a fixed order, as in `bgmv_shrink`. Both operands of the
-product come from memory unchanged, which keeps clear of the ptxas fault with register operands of wgmma (kernels/NOTES.md).
+product come from memory unchanged, which keeps clear of the ptxas fault with register operands of wgmma
+(kernels/NOTES.md).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import triton.language as tl
 
 from smbench_kernels.launch import Call, Workspace, ceil_div, jit, next_power_of_two
 from smbench_kernels.lora import SCALE, Sizes, make_op
+from smbench_kernels.lora_tiles import shrink_tile
 from smbench_kernels.model import Plan
 from smbench_kernels.op import Config, Point
 from smbench_kernels.own import OwnKernel
@@ -61,49 +63,29 @@ def _sgmv_shrink(
     first = tile // rank_tiles * BLOCK_M
     if first >= length:
         return
-    # 64-bit bases, 32-bit offsets inside a tile
+    # 64-bit: T * h and L * r * h pass 2**31 at sizes that engines use
     token = (tl.load(starts_ptr + sequence) + first).to(tl.int64)
     m = tl.arange(0, BLOCK_M)
-    n = tile % rank_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_ok = m < length - first
-    n_ok = n < rank
-    k = tl.arange(0, BLOCK_K)
-    x_at = x_ptr + token * hidden + m[:, None] * hidden
-    a_at = a_ptr + lora.to(tl.int64) * rank * hidden + n[None, :] * hidden
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for start in range(part * BLOCK_K, hidden, split * BLOCK_K):
-        cols = start + k
-        if EVEN_K:
-            x = tl.load(x_at + cols[None, :], mask=m_ok[:, None], other=0.0)
-            a = tl.load(a_at + cols[:, None], mask=n_ok[None, :], other=0.0)
-        else:
-            x = tl.load(x_at + cols[None, :], mask=m_ok[:, None] & (cols < hidden)[None, :], other=0.0)
-            a = tl.load(a_at + cols[:, None], mask=n_ok[None, :] & (cols < hidden)[:, None], other=0.0)
-        acc = tl.dot(x, a, acc)
-    y_at = y_ptr + token * rank + m[:, None] * rank + n[None, :]
-    ok = m_ok[:, None] & n_ok[None, :]
-    if split == 1:
-        tl.store(y_at, tl.load(y_at, mask=ok, other=0.0) + scale * acc, mask=ok)
-    else:
-        slot = sequence * tl.num_programs(0) + tile
-        inside = m[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        mine = partials_ptr + slot.to(tl.int64) * split * (BLOCK_M * BLOCK_N)
-        tl.store(mine + part.to(tl.int64) * (BLOCK_M * BLOCK_N) + inside, acc)
-        # every thread's partials must be out before one thread announces them
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counters_ptr + slot, 1, sem="acq_rel", scope="gpu")
-        if arrived == split - 1:
-            y = tl.load(y_at, mask=ok, other=0.0)
-            total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-            for start in range(0, split, BLOCK_S):
-                # unrolled, so that BLOCK_S loads are in flight
-                for ahead in tl.static_range(BLOCK_S):
-                    at = mine + (start + ahead) * (BLOCK_M * BLOCK_N) + inside
-                    # past the L1, which may hold an older launch's values
-                    total += tl.load(at, mask=start + ahead < split, other=0.0, cache_modifier=".cg")
-            tl.store(y_at, y + scale * total, mask=ok)
-            # ready for the next launch
-            tl.store(counters_ptr + slot, 0)
+    shrink_tile(
+        x_ptr + token * hidden + m[:, None] * hidden,
+        m < length - first,
+        a_ptr + lora.to(tl.int64) * rank * hidden,
+        y_ptr + token * rank + m[:, None] * rank,
+        partials_ptr,
+        counters_ptr,
+        sequence * tl.num_programs(0) + tile,
+        part,
+        tile % rank_tiles,
+        scale,
+        hidden,
+        rank,
+        split,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+        EVEN_K,
+        BLOCK_S,
+    )
 
 
 def _tiles(sizes: Sizes, config: Config) -> tuple[int, int]:
@@ -164,7 +146,7 @@ def space(point: Point) -> list[Config]:
     """
     sizes = Sizes.of(point)
     block_n = min(64, max(16, next_power_of_two(sizes.rank)))
-    found = []
+    found: list[Config] = []
     for block_m in (16, 32, 64):
         if block_m > max(16, next_power_of_two(sizes.seq_len)):
             continue

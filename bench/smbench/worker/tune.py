@@ -172,6 +172,8 @@ def _precompile(points: Sequence[tuple[Op, Point]], capability: tuple[int, int])
         for config in tunable.space(axes):
             wanted.setdefault(tunable.binary(axes, config), (op.name, axes, config))
     tasks = list(wanted.values())
+    if not tasks:
+        return 0
     workers = min(len(tasks), len(os.sched_getaffinity(0)))
     compute_capability = capability[0] * 10 + capability[1]
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
