@@ -17,8 +17,9 @@ import pytest
 
 from fake_nvml import UUID, FakeNvml, NVMLErrorNotSupported, install
 from smbench import __version__
+from smbench.identity import environment_id
 from smbench.worker import environment
-from smbench.worker.environment import capture, environment_id, package_sha256, source_checkout, variables
+from smbench.worker.environment import capture, package_sha256, source_checkout, variables
 
 CARD = SimpleNamespace(
     name="NVIDIA H200",

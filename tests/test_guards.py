@@ -60,7 +60,9 @@ def test_a_clean_run_has_no_finding_of_any_guard() -> None:
     results = [timed(cell(size), (1e-6, 1e-6, 1.01e-6), telemetry=CLEAN_TELEMETRY) for size in (100, 200)]
     checks = ({"method": "graph", "expected_s": 4e-4, "measured_s": 4.04e-4},)
     seen = evidence(
-        results, environments=[environment(source={"dirty": False})], sessions=[session(timer_checks=checks)]
+        results,
+        environments=[environment(source={"dirty": False})],
+        sessions=[session(timer_checks=checks, results=len(results))],
     )
     assert [finding for name in GUARDS for finding in findings(name, seen)] == []
 
@@ -238,3 +240,10 @@ def test_a_warning_leaves_the_number_standing() -> None:
     analysis = analyse(small_recipe(), "cpu", [result.cell], {result.cell_id: result}, [], [session()], CARD)
     assert [finding.guard for finding in analysis.findings] == ["spread"]
     assert analysis.rows[0].status == "ok"
+
+
+def test_results_of_a_killed_session_are_named_since_their_wall_clock_is_unknown() -> None:
+    results = [timed(cell(100)), timed(cell(200))]
+    finding = the_finding("sessions", evidence(results, sessions=[session(results=1)]))
+    assert finding.severity == "note"
+    assert finding.message.startswith("1 of 2 results were made by sessions that were killed")

@@ -149,7 +149,7 @@ def test_an_incomplete_grid_lists_what_is_missing() -> None:
     [
         ('title = "two rows"', 'titel = "two rows"', "titel: unknown key; known keys here: arch, at"),
         ('device = "a GPU"\n', "", "device: this key is missing"),
-        ('unit = "ms"', 'unit = "ms", note = 1', "table[0].columns[0].note: unknown key; known keys here: at, metric"),
+        ('unit = "ms"', 'unit = "ms", note = 1', "table[0].columns[0].note: unknown key; known keys here: at, definition"),
         ('unit = "ms"', 'unit = "GB/s"', "'duration' is stored in s: 'GB/s' cannot be"),
         ('unit = "ms"', 'unit = "fortnight"', "unknown unit 'fortnight'; known: s, ms, us"),
         ('metric = "duration"', 'metric = "speed"', "unknown metric 'speed'; known: duration"),
@@ -171,8 +171,8 @@ def test_a_bad_file_is_named_with_what_is_wrong(old: str, new: str, complaint: s
 
 
 def test_a_newer_format_asks_for_a_newer_smbench() -> None:
-    with pytest.raises(CorruptError, match=r"small.toml: format 2 is newer than this smbench reads \(1\)"):
-        published.parse(SMALL.replace("format = 1", "format = 2").encode(), "small.toml")
+    with pytest.raises(CorruptError, match=r"small.toml: format 3 is newer than this smbench reads \(2\)"):
+        published.parse(SMALL.replace("format = 1", "format = 3").encode(), "small.toml")
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

@@ -94,7 +94,7 @@ def test_foreign_strings_stay_words(rendered: Mapping[str, tuple[Path, Analysis]
     assert sum(token.type == "heading_open" for token in inline) == len(headings)
     assert "not a heading" not in headings
     page = (rendered[name][0] / "report.html").read_text(encoding="utf-8")
-    assert "<script" not in page and "<b>" not in page and 'href="javascript' not in page
+    assert page.count("<script") == 1 and "<b>" not in page and 'href="javascript' not in page
 
 
 @pytest.mark.parametrize("name", RUNS)

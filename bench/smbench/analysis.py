@@ -5,7 +5,7 @@ Everything that a template prints is computed here or in `stats` and `guards`; a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +15,9 @@ from smbench.guards import Evidence, Finding, examine
 from smbench.recipe import Profile, Recipe
 from smbench.result import Environment, Measurement, Result, Session, Status, Work
 from smbench.stats import Summary, geometric_mean, summarize
+
+Summaries = Mapping[tuple[str, str], Summary]
+"""By cell_id and measurement name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,27 +190,31 @@ def analyse(
     environments: Sequence[Environment],
     sessions: Sequence[Session],
     device: Device | None,
+    summaries: Summaries | None = None,
 ) -> Analysis:
-    """Join a plan's cells with their results (by cell_id), summarize the samples and let the guards look."""
+    """Join a plan's cells with their results (by cell_id), summarize the samples and let the guards look.
+
+    A caller that does not keep the samples gives the `summaries` that it made of them.
+    """
     planned = [results[cell.cell_id] for cell in cells if cell.cell_id in results]
-    summaries = dict(_summaries(planned))
+    if summaries is None:
+        summaries = summaries_of(planned)
     findings = examine(Evidence(recipe, device, planned, summaries, environments, sessions))
     refuted = {finding.cell_id: finding for finding in findings if finding.severity == "refuted"}
     rows = [_row(cell, results.get(cell.cell_id), summaries, refuted.get(cell.cell_id)) for cell in cells]
     return Analysis(recipe, profile_name, device, rows, findings, environments, sessions)
 
 
-def _summaries(results: Sequence[Result]) -> Iterator[tuple[tuple[str, str], Summary]]:
+def summaries_of(results: Sequence[Result]) -> Summaries:
+    """The summary of every measurement of some results."""
     keyed: list[tuple[tuple[str, str], Measurement]] = [
         ((result.cell_id, measurement.name), measurement) for result in results for measurement in result.measurements
     ]
-    for (key, _), summary in zip(keyed, summarize([m.samples_s for _, m in keyed]), strict=True):
-        yield key, summary
+    found = summarize([measurement.samples_s for _, measurement in keyed])
+    return {key: summary for (key, _), summary in zip(keyed, found, strict=True)}
 
 
-def _row(
-    cell: Cell, result: Result | None, summaries: Mapping[tuple[str, str], Summary], refuted: Finding | None
-) -> Row:
+def _row(cell: Cell, result: Result | None, summaries: Summaries, refuted: Finding | None) -> Row:
     if result is None:
         return Row(cell, "skipped", "not reached yet; the same command goes on", None, {})
     if refuted and result.status in ("ok", "verified"):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from functools import cached_property
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, StrictInt, StrictStr
+
+from smbench.identity import short_hash
 
 AxisValue = StrictInt | StrictStr
 
@@ -27,10 +28,10 @@ class Cell(BaseModel):
     seed: int
     """Seed of the inputs."""
 
-    @property
+    @cached_property
     def cell_id(self) -> str:
         """First 16 hex digits of the SHA-256 of the cell's canonical JSON: equal cells compute the same thing."""
-        return hashlib.sha256(canonical_json(self.model_dump()).encode()).hexdigest()[:16]
+        return short_hash(self.model_dump())
 
     @property
     def point(self) -> tuple[str, tuple[tuple[str, AxisValue], ...]]:
@@ -40,8 +41,3 @@ class Cell(BaseModel):
     def label(self) -> str:
         """A line a person recognizes, e.g. `bgmv_shrink/torch batch=8 hidden_size=4096`."""
         return f"{self.subject}/{self.provider} " + " ".join(f"{name}={value}" for name, value in self.axes.items())
-
-
-def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces; NaN and infinities raise ValueError."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

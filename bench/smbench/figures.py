@@ -90,7 +90,7 @@ def _duration(plot: Plot, lora: Lora) -> Figure:
     """Time against hidden size, a panel for each length and batch, a line for each provider."""
     view, subject, measure = lora.view, plot.subjects[0], plot.measure.name
     sheet = _sheet(plot, lora)
-    sheet.figure.suptitle(_text(f"{subject}\n{plot.measure.title}"), fontsize=10)
+    sheet.figure.suptitle(drawable(f"{subject}\n{plot.measure.title}"), fontsize=10)
     for panel, points in zip(sheet.panels, sheet.groups, strict=True):
         for provider in view.providers:
             _line(panel, lora, subject, provider, points, measure)
@@ -110,7 +110,7 @@ def _published(plot: Plot, lora: Lora) -> Figure:
     published = lora.published
     card = published.device if published else ""
     sheet.figure.suptitle(
-        _text(
+        drawable(
             f"{subject}; colours: measured here; dashed grey: published for {card}, another card\n{plot.measure.title}"
         ),
         fontsize=10,
@@ -124,7 +124,7 @@ def _published(plot: Plot, lora: Lora) -> Figure:
             pairs = [(p["hidden_size"], lora.published_seconds(subject, p, name, config)) for p in points]
             known = [(x, seconds * 1e6) for x, seconds in pairs if seconds]
             if known:
-                what = _text(f"published: {name} {config}" if name == "jee" else f"published: {name}")
+                what = drawable(f"published: {name} {config}" if name == "jee" else f"published: {name}")
                 panel.plot(*zip(*known, strict=True), color=grey, linestyle=dash, linewidth=1.0, label=what)
     _limit(sheet.panels)
     _finish(sheet)
@@ -151,7 +151,7 @@ def _sheet(plot: Plot, lora: Lora) -> _Sheet:
         if title is None:
             panel.set_visible(False)
             continue
-        panel.set_title(_text(title), loc="left")
+        panel.set_title(drawable(title), loc="left")
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
     return _Sheet(figure, panels[: len(groups)], list(groups.values()), across)
@@ -173,7 +173,7 @@ def _line(panel: Panel, lora: Lora, subject: str, provider: str, points: Sequenc
     beside = np.pad(known, 1)
     alone = known & ~beside[:-2] & ~beside[2:]
     marked = known if len(sizes) <= FEW_POINTS else alone
-    panel.plot(sizes, medians, color=row.color, label=_text(row.title))
+    panel.plot(sizes, medians, color=row.color, label=drawable(row.title))
     panel.plot(sizes[marked], medians[marked], color=row.color, linestyle="none", marker="o", markersize=3)
     panel.fill_between(sizes, low, high, color=row.color, alpha=0.25, linewidth=0)
 
@@ -243,7 +243,7 @@ def _speedup(plot: Plot, lora: Lora) -> Figure:
     figure = Figure(figsize=(WIDTH_PX / DPI, 0.2 * sum(heights) + 0.85 * len(heights) + 0.9), dpi=DPI)
     figure.set_layout_engine("constrained")
     figure.suptitle(
-        _text(f"Time of the fastest peer over time of {view.title(best)}\n{plot.measure.title}"),
+        drawable(f"Time of the fastest peer over time of {view.title(best)}\n{plot.measure.title}"),
         fontsize=10,
     )
     scale = LinearSegmentedColormap.from_list("ratio", ["#b2182b", "#f4a582", "#f7f7f7", "#92c5de", "#2166ac"])
@@ -253,9 +253,9 @@ def _speedup(plot: Plot, lora: Lora) -> Figure:
     image = None
     for panel, (subject, (rows, sizes, ratios)) in zip(panels, grids.items(), strict=True):
         image = panel.imshow(np.log2(ratios), cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
-        panel.set_title(_text(subject), loc="left")
+        panel.set_title(drawable(subject), loc="left")
         panel.grid(visible=False)
-        panel.set_yticks(range(len(rows)), [_text(row) for row in rows], fontsize=7)
+        panel.set_yticks(range(len(rows)), [drawable(row) for row in rows], fontsize=7)
         panel.set_xticks(range(len(sizes)), [str(size) for size in sizes], rotation=90, fontsize=6.5)
         for x, y in np.argwhere(np.isnan(ratios.T)):
             panel.text(x, y, "–", ha="center", va="center", color="#999999", fontsize=6)
@@ -282,7 +282,7 @@ def _grid(lora: Lora, subject: str, measure: str) -> tuple[list[str], list[Any],
     return labels, sizes, ratios
 
 
-def _text(text: str) -> str:
+def drawable(text: str) -> str:
     """Text that the font can draw: anything else is a question mark, as a missing glyph would only raise a warning."""
     known = get_font(findfont(FontProperties(family="DejaVu Sans"))).get_charmap()
     return "".join(char if char == "\n" or ord(char) in known else "?" for char in text)

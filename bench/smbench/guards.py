@@ -227,6 +227,19 @@ def environment(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
+def sessions(evidence: Evidence) -> Iterator[Finding]:
+    """Every result belongs to a session that ended, so that the wall clock is known."""
+    recorded = sum(session.results for session in evidence.sessions)
+    if recorded < len(evidence.results):
+        yield Finding(
+            "sessions",
+            "note",
+            f"{len(evidence.results) - recorded} of {len(evidence.results)} results were made by sessions that were "
+            "killed before they could record their wall clock",
+            "their numbers are whole; what the rental paid for is more than the report's time split says",
+        )
+
+
 GUARDS: Mapping[str, Callable[[Evidence], Iterator[Finding]]] = {
     "correctness": correctness,
     "roofline": roofline,
@@ -236,6 +249,7 @@ GUARDS: Mapping[str, Callable[[Evidence], Iterator[Finding]]] = {
     "spread": spread,
     "timer": timer,
     "environment": environment,
+    "sessions": sessions,
 }
 """Every guard by name, in the order that reports print."""
 

@@ -7,32 +7,41 @@ draws no conclusion from either.
 from __future__ import annotations
 
 import difflib
-import itertools
-import math
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, ValidationError, model_validator
 
 from smbench.cell import AxisValue
 from smbench.errors import CorruptError, UsageError
-from smbench.metrics import METRICS
+from smbench.expression import evaluate
+from smbench.published_facts import (
+    DEVICE_NUMBERS,
+    Expectation,
+    Fact,
+    Feature,
+    Quantity,
+    Tuned,
+    WorkRow,
+    matches,
+    numbers_at,
+    phases_at,
+    resolved,
+)
+from smbench.published_table import UNITS, Block, Column, PublishedTable, Settings
 from smbench.recipe import Table, explain
 
-FORMAT = 1
-"""Version of the file format. History: 1 = first."""
+__all__ = ["UNITS", "Column", "Point", "Published", "PublishedTable", "find", "load", "names", "parse"]
 
-UNITS: Mapping[str, tuple[str, float]] = {
-    "s": ("s", 1.0),
-    "ms": ("s", 1e-3),
-    "us": ("s", 1e-6),
-    "GB/s": ("B/s", 1e9),
-    "TFLOP/s": ("FLOP/s", 1e12),
-}
-"""Unit as published to the storage unit of its metric, and the factor between them."""
+FORMAT = 2
+"""Version of the file format. History: 1 = first; 2 = missing cells, printed layout, facts that an audit uses."""
+
+UNSTATED = "unstated"
+"""What stands where the document is silent."""
 
 Scalar = StrictBool | StrictInt | StrictFloat | StrictStr
 
@@ -51,6 +60,8 @@ class Point:
     unit: str
     path: str
     """File of the source that holds it."""
+    uncertainty: float = 0.0
+    """Relative error of a number read off a plot, 0 for a printed one."""
 
 
 class Source(Table):
@@ -62,115 +73,118 @@ class Source(Table):
     """What the source states of its licence. Numbers are facts; its words and code are not taken."""
 
 
-class Column(Table):
-    """One measured column of a table."""
+class Missing(Table):
+    """`[missing.<name>]`: why a table has cells without a number."""
 
-    metric: str
-    """A name from `METRICS`."""
-    unit: str
-    """As published, a name from `UNITS`."""
-    at: dict[str, AxisValue]
-    """Coordinates of this column alone, e.g. its provider."""
-
-    @model_validator(mode="after")
-    def _convertible(self) -> Self:
-        if self.metric not in METRICS:
-            raise ValueError(f"unknown metric {self.metric!r}; known: {', '.join(METRICS)}")
-        if self.unit not in UNITS:
-            raise ValueError(f"unknown unit {self.unit!r}; known: {', '.join(UNITS)}")
-        if UNITS[self.unit][0] != METRICS[self.metric].unit:
-            raise ValueError(f"{self.metric!r} is stored in {METRICS[self.metric].unit}: {self.unit!r} cannot be")
-        return self
-
-
-class PublishedTable(Table):
-    """`[[table]]`: each row holds the values of the axes, then one number for each column."""
-
-    path: str
-    at: dict[str, AxisValue]
-    """Coordinates of the whole table."""
-    axes: Annotated[list[str], Field(min_length=1)]
-    columns: Annotated[list[Column], Field(min_length=1)]
-    rows: Annotated[list[list[AxisValue | StrictFloat]], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _well_formed(self) -> Self:
-        if len(set(self.axes)) != len(self.axes):
-            raise ValueError(f"axes: a name repeats: {', '.join(self.axes)}")
-        keys = set()
-        for i, row in enumerate(self.rows):
-            if len(row) != len(self.axes) + len(self.columns):
-                raise ValueError(
-                    f"rows[{i}] has {len(row)} entries, not {len(self.axes)} axes + {len(self.columns)} columns"
-                )
-            if any(isinstance(entry, float) for entry in row[: len(self.axes)]):
-                raise ValueError(f"rows[{i}]: the axes {', '.join(self.axes)} take integers and strings")
-            for entry in row[len(self.axes) :]:
-                if isinstance(entry, str) or not math.isfinite(entry) or entry <= 0:
-                    raise ValueError(f"rows[{i}]: {entry!r} is not a positive number")
-            key = tuple(row[: len(self.axes)])
-            if key in keys:
-                raise ValueError(f"rows[{i}] repeats the point {self.coordinates(row)}")
-            keys.add(key)
-        return self
-
-    def coordinates(self, row: Sequence[AxisValue | float]) -> dict[str, AxisValue]:
-        """The axis values of a row by name."""
-        # a float cannot be an axis value: loading refuses it
-        return {name: entry for name, entry in zip(self.axes, row, strict=False) if not isinstance(entry, float)}
-
-    def missing(self) -> list[dict[str, AxisValue]]:
-        """Combinations of the axis values that the table mentions for which it has no row."""
-        keys = {tuple(row[: len(self.axes)]) for row in self.rows}
-        values = [list(dict.fromkeys(row[i] for row in self.rows)) for i in range(len(self.axes))]
-        return [self.coordinates(key) for key in itertools.product(*values) if key not in keys]
+    reason: str
+    kind: Literal["unmeasured", "inapplicable"]
+    """A gap in what was measured, or a cell that cannot have a number."""
 
 
 class Published(Table):
-    """A whole file."""
+    """A whole file: the numbers of one document, or of one device where a document has several."""
 
     format: int
     document: str
     """Number of the document."""
     title: str
     device: str
+    """Under the name that NVML reports, or `unstated`."""
+    device_basis: Literal["stated", "inferred", "unstated"] = "stated"
     arch: str
     notes: list[str]
     """What a reader must know of all the numbers, in our words."""
     versions: dict[str, str]
     source: Source
     protocol: dict[str, Scalar]
-    """How it was timed, in our words for methods and L2 states where they fit."""
+    """How it was timed, our words for methods and L2 states where they fit; `unstated` where the document is silent."""
+    inferred: dict[str, Scalar] = Field(default_factory=dict)
+    """The same keys, and others: what is most likely, where the document is silent. A note says on what basis."""
     legend: dict[str, str]
     """What the document's labels stand for."""
     at: dict[str, AxisValue]
     """Coordinates of every number of the file."""
+    missing: dict[str, Missing] = Field(default_factory=dict)
+    """The reasons that cells of a table may name."""
+    facts: dict[str, Fact] = Field(default_factory=dict)
+    """Numbers of the model and the workload, for the formulas below; a formula may use the facts above it."""
+    work: list[WorkRow] = Field(default_factory=list)
+    feature: list[Feature] = Field(default_factory=list)
+    quantity: list[Quantity] = Field(default_factory=list)
+    expectation: list[Expectation] = Field(default_factory=list)
+    tuned: list[Tuned] = Field(default_factory=list)
+    settings: list[Settings] = Field(default_factory=list)
+    block: dict[str, Block] = Field(default_factory=dict)
     table: Annotated[list[PublishedTable], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _coordinates_once(self) -> Self:
+    def _tables_fit(self) -> Self:
         for i, table in enumerate(self.table):
             for j, column in enumerate(table.columns):
                 names = [*self.at, *table.at, *table.axes, *column.at]
                 for name in names:
                     if names.count(name) > 1:
                         raise ValueError(f"table[{i}].columns[{j}]: coordinate {name!r} is given twice")
+            for row, reason in table.reasons():
+                if reason not in self.missing:
+                    known = ", ".join(self.missing) or "none"
+                    what = f"{reason!r} is not a positive number"
+                    raise ValueError(f"table[{i}].rows[{row}]: {what}, and no reason of [missing]: {known}")
+            if table.layout and table.layout.block is not None and table.layout.block not in self.block:
+                known = ", ".join(self.block) or "none"
+                raise ValueError(f"table[{i}].layout.block: unknown block {table.layout.block!r}; known: {known}")
         return self
 
+    @model_validator(mode="after")
+    def _formulas_have_numbers(self) -> Self:
+        points = list(self.points())
+        for where, compute in self._computations(points):
+            try:
+                compute()
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
+        return self
+
+    def _computations(self, points: Sequence[Point]) -> Iterator[tuple[str, Callable[[], object]]]:
+        """Every formula at every point that it is for, with the key that holds it."""
+        device = dict.fromkeys(DEVICE_NUMBERS, 1.0)
+        for i, feature in enumerate(self.feature):
+            for formula in (feature.needs, feature.exceeds):
+                yield f"feature[{i}]", partial(evaluate, formula, {**self.numbers, **device})
+        for i, row in enumerate(self.work):
+            found = [point for point in points if point.metric == row.metric and matches(row.where, point.at)]
+            if not found:
+                raise ValueError(f"work[{i}].where: no {row.metric} has these coordinates")
+            for point in found:
+                yield f"work[{i}]", partial(phases_at, row, numbers_at(self.numbers, point.at))
+        for i, quantity in enumerate(self.quantity):
+            found = [point for point in points if quantity.along in point.at and matches(quantity.where, point.at)]
+            if not found:
+                raise ValueError(f"quantity[{i}]: no number has the axis {quantity.along!r} and these coordinates")
+            for point in found:
+                yield f"quantity[{i}]", partial(evaluate, quantity.formula, numbers_at(self.numbers, point.at))
+
+    @cached_property
+    def numbers(self) -> Mapping[str, float]:
+        """The facts as numbers."""
+        return resolved(self.facts)
+
     def points(self) -> Iterator[Point]:
-        """Every number, row by row in the order of the file."""
+        """Every number, row by row in the order of the file; a missing cell has none."""
         for table in self.table:
             for row in table.rows:
                 at = {**self.at, **table.at, **table.coordinates(row)}
                 for column, printed in zip(table.columns, row[len(table.axes) :], strict=True):
-                    factor = UNITS[column.unit][1]
+                    if isinstance(printed, str):
+                        continue
                     yield Point(
                         at={**at, **column.at},
                         metric=column.metric,
-                        value=float(printed) * factor,
+                        value=float(printed) * column.factor,
                         printed=float(printed),
                         unit=column.unit,
                         path=table.path,
+                        uncertainty=table.uncertainty,
                     )
 
 

@@ -9,21 +9,20 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markdown_it import MarkdownIt
 
 from smbench import arch, published, records, resources, runfolder
-from smbench.analysis import Analysis, analyse
+from smbench.analysis import Analysis, Summaries, analyse
 from smbench.arch import Device
 from smbench.errors import UsageError
 from smbench.formats import FILTERS, finalize
 from smbench.guards import GUARDS
 from smbench.machines import Machines
+from smbench.page import render_page
 from smbench.published import Published
 from smbench.recipe import Recipe
 from smbench.runfolder import Run
@@ -34,7 +33,6 @@ DOCUMENTS: Mapping[str, str] = {
 }
 """Template to `module:attribute` of what computes its claims: called with a View and the published numbers."""
 
-PAGE = "page.html.j2"
 FOLDERS = ("figures", "records")
 """Folders that belong to the report: files in them that it did not write are removed."""
 
@@ -44,32 +42,48 @@ def render(folder: Path) -> Analysis:
 
     Each file is replaced in one step, report.md last. UsageError and CorruptError as in `runfolder.load`.
     """
-    # matplotlib takes most of a second to import, so only here
-    from smbench import figures
-
     run = runfolder.load(folder)
     analysis = analysis_of(run)
     document = document_of(analysis)
-    text = render_text(document, run)
-    files: dict[str, Callable[[], bytes]] = {}
-    for plot in document.plots():
-        files[f"figures/{plot.file}"] = partial(figures.draw, plot, document)
-    for name, series in records.records(analysis).items():
-        files[f"records/{name}"] = partial(records.dump, series)
-    files["report.html"] = lambda: render_page(text, analysis.recipe.title).encode()
-    files["report.md"] = lambda: text.encode()
+    drawn = draw(document)
+    files = {**drawn, **written(document, run, drawn)}
     for name, content in files.items():
-        _replace(folder / name, content())
+        replace_file(folder / name, content)
     for path in (path for name in FOLDERS for path in sorted((folder / name).glob("*"))):
         if path.relative_to(folder).as_posix() not in files:
             path.unlink()
     return analysis
 
 
-def analysis_of(run: Run) -> Analysis:
-    """The analysis of a run, against the physical peaks of the one device that it ran on."""
-    device = device_of(run)
-    return analyse(run.recipe, run.profile_name, run.cells, run.results, run.environments, run.sessions, device)
+def draw(document: Any) -> dict[str, bytes]:
+    """The figures of a report by their places in the run folder."""
+    # matplotlib takes most of a second to import, and who checks a report draws nothing
+    from smbench import figures
+
+    return {f"figures/{plot.file}": figures.draw(plot, document) for plot in document.plots()}
+
+
+def written(document: Any, run: Run, figures: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Every file of a report that is no figure, by its place in the run folder, report.md last.
+
+    `figures` are the figures by their places; the page holds them.
+    """
+    analysis: Analysis = document.view.analysis
+    text = render_text(document, run)
+    return {
+        **{f"records/{name}": records.dump(series) for name, series in records.records(analysis).items()},
+        "report.html": render_page(text, analysis.recipe.title, figures).encode(),
+        "report.md": text.encode(),
+    }
+
+
+def analysis_of(run: Run, summaries: Summaries | None = None) -> Analysis:
+    """The analysis of a run, against the physical peaks of the one device that it ran on.
+
+    A run without its samples comes with their `summaries`.
+    """
+    cells, results, device = run.cells, run.results, device_of(run)
+    return analyse(run.recipe, run.profile_name, cells, results, run.environments, run.sessions, device, summaries)
 
 
 def device_of(run: Run) -> Device | None:
@@ -101,7 +115,7 @@ def render_text(document: Any, run: Run) -> str:
     """The Markdown of a report."""
     view = cast(View, document.view)
     analysis = view.analysis
-    template = _markdown_templates().get_template(analysis.recipe.template)
+    template = markdown_templates().get_template(analysis.recipe.template)
     plots: list[Plot] = document.plots()
     text = template.render(
         doc=document,
@@ -120,17 +134,7 @@ def render_text(document: Any, run: Run) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).rstrip("\n") + "\n"
 
 
-def render_page(markdown: str, title: str) -> str:
-    """A self-contained page of the Markdown; its figures are files beside it. HTML in the Markdown shows as text."""
-    parser = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
-    parser.add_render_rule("table_open", lambda *_: '<div class="table"><table>\n')
-    parser.add_render_rule("table_close", lambda *_: "</table></div>\n")
-    loader = FileSystemLoader(resources.templates_dir())
-    environment = Environment(loader=loader, undefined=StrictUndefined, autoescape=True, keep_trailing_newline=True)
-    return environment.get_template(PAGE).render(title=title, body=parser.render(markdown))
-
-
-def _markdown_templates() -> Environment:
+def markdown_templates() -> Environment:
     """Templates whose every expression is escaped: autoescape keeps what filters and macros made, finalize the rest."""
     environment = Environment(
         loader=FileSystemLoader(resources.templates_dir()),
@@ -145,7 +149,7 @@ def _markdown_templates() -> Environment:
     return environment
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write a file in one step, so that a reader sees the old one or the new one."""
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from smbench.cell import Cell
 
@@ -19,6 +20,32 @@ UNTESTED: tuple[Status, ...] = ("incorrect", "invalid", "unsupported", "oom", "t
 """The statuses that a report lists under situations not tested."""
 
 Seconds = Annotated[FiniteFloat, Field(ge=0)]
+
+DEEPEST = 16
+"""Levels of nesting in facts of a machine."""
+LARGEST_INTEGER = 2**63 - 1
+
+
+def _plain_facts(facts: Mapping[str, Any], depth: int = 0) -> Mapping[str, Any]:
+    """The facts, if they are JSON that every reader takes alike: no NaN or infinity, no huge integer, not deep."""
+    if depth == DEEPEST:
+        raise ValueError(f"nested deeper than {DEEPEST}")
+    for value in facts.values():
+        items = value if isinstance(value, list | tuple) else (value,)
+        for item in items:
+            if isinstance(item, Mapping):
+                _plain_facts(item, depth + 1)
+            elif isinstance(item, list | tuple):
+                _plain_facts({"": item}, depth + 1)
+            elif isinstance(item, float) and not math.isfinite(item):
+                raise ValueError(f"{item} is no number")
+            elif isinstance(item, int) and abs(item) > LARGEST_INTEGER:
+                raise ValueError("an integer has more than 64 bits")
+    return facts
+
+
+Facts = Annotated[Mapping[str, Any], AfterValidator(_plain_facts)]
+"""What a machine or a tool said, in its own keys."""
 
 
 class Record(BaseModel):
@@ -94,7 +121,7 @@ class Result(Record):
     selection: Selection | None = None
     work: Work | None = None
     measurements: tuple[Measurement, ...] = ()
-    telemetry: Mapping[str, Any] = {}
+    telemetry: Facts = {}
     phases_s: Mapping[str, Seconds] = {}
     """Wall-clock split of the worker's time for this cell: inputs, reference, compile, check, capture, measure, total."""
     compilations: int = 0
@@ -120,7 +147,7 @@ class Environment(Record):
 
     record: Literal["environment"] = "environment"
     environment_id: str
-    environment: Mapping[str, Any]
+    environment: Facts
 
 
 class Session(Record):
@@ -135,7 +162,7 @@ class Session(Record):
     results: int
     """How many results this session appended."""
     ended: Literal["finished", "interrupted", "failed"]
-    timer_checks: tuple[Mapping[str, Any], ...] = ()
+    timer_checks: tuple[Facts, ...] = ()
     """Each worker's timing of a kernel of known length, by method."""
 
 

@@ -9,7 +9,6 @@ logs/           standard error of each worker
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import IO, Self, TypeVar
 
 from filelock import FileLock, Timeout
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from smbench import __version__, recipe
 from smbench.cell import Cell
@@ -30,6 +29,12 @@ _Model = TypeVar("_Model", bound=Record)
 _RECORD: TypeAdapter[Result | Environment | Session] = TypeAdapter(AnyRecord)
 TEMPORARY = ".tmp"
 """Suffix of a file while it is written."""
+
+
+class _Version(BaseModel):
+    """What a file says of itself before anything else in it is believed."""
+
+    format: int
 
 
 class RunFile(Record):
@@ -62,6 +67,8 @@ class Run:
     environments: Sequence[Environment]
     sessions: Sequence[Session]
     warnings: Sequence[str]
+    recipe_text: bytes
+    """The recipe's file, byte for byte."""
 
 
 def create(folder: Path, recipe_text: bytes, recipe_name: str, profile: str, cells: Sequence[Cell]) -> None:
@@ -102,7 +109,8 @@ def load(folder: Path) -> Run:
         raise UsageError(f"{folder} is not a run folder: it has no run.json")
     run = _read_json(folder / "run.json", RunFile)
     cells = _read_json(folder / "plan.json", PlanFile).cells
-    loaded = recipe.parse(_read(folder / "recipe.toml"), f"{folder.name}/recipe.toml")
+    recipe_text = _read(folder / "recipe.toml")
+    loaded = recipe.parse(recipe_text, f"{folder.name}/recipe.toml")
     results: dict[str, Result] = {}
     environments: dict[str, Environment] = {}
     sessions: list[Session] = []
@@ -125,6 +133,7 @@ def load(folder: Path) -> Run:
         list(environments.values()),
         sessions,
         warnings,
+        recipe_text,
     )
 
 
@@ -208,23 +217,36 @@ def _records(path: Path, warnings: list[str]) -> Iterator[Result | Environment |
             if not line.endswith(b"\n"):
                 warnings.append(f"{path.name}: line {number} is torn and was not read; the next run sets it aside")
                 return
-            try:
-                yield _RECORD.validate_json(line)
-            except ValidationError as error:
-                fault = error.errors()[0]
-                where = ".".join(str(part) for part in fault["loc"])
-                raise CorruptError(f"{path}: line {number}: {where}: {fault['msg']}") from error
+            yield parse_record(line, f"{path}: line {number}")
+
+
+def parse_record(line: bytes, name: str) -> Result | Environment | Session:
+    """The record in a line of `results.jsonl`. CorruptError begins with `name`."""
+    try:
+        return _RECORD.validate_json(line)
+    except ValidationError as error:
+        raise CorruptError(f"{name}: {_first_fault(error)}") from error
+
+
+def parse_json(text: bytes, model: type[_Model], name: str) -> _Model:
+    """The `run.json` or `plan.json` in some bytes. CorruptError begins with `name`; a newer format is one, too."""
+    try:
+        version = _Version.model_validate_json(text).format
+        if version > FORMAT:
+            raise CorruptError(f"{name}: format {version} is newer than this smbench reads ({FORMAT}); update smbench")
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        raise CorruptError(f"{name}: {_first_fault(error)}") from error
+
+
+def _first_fault(error: ValidationError) -> str:
+    fault = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(str(part) for part in fault["loc"])
+    return f"{where}: {fault['msg']}"
 
 
 def _read_json(path: Path, model: type[_Model]) -> _Model:
-    text = _read(path)
-    try:
-        version = json.loads(text).get("format")
-        if isinstance(version, int) and version > FORMAT:
-            raise CorruptError(f"{path}: format {version} is newer than this smbench reads ({FORMAT}); update smbench")
-        return model.model_validate_json(text)
-    except (ValidationError, ValueError, AttributeError) as error:
-        raise CorruptError(f"{path}: {error}") from error
+    return parse_json(_read(path), model, str(path))
 
 
 def _read(path: Path) -> bytes:

@@ -1,15 +1,23 @@
-"""Summaries of raw samples. Owns the statistics, not what is compared with what."""
+"""Summaries of raw samples. Owns the statistics, not what is compared with what.
+
+The bootstrap interval of a median is computed, not simulated: no random number is in a report, so that it renders to
+the same bytes with every numpy, and 10,000 cells take a tenth of a second.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-from scipy.stats import bootstrap
 
-RESAMPLES = 999
 CONFIDENCE = 0.95
+NORMAL_FROM = 2000
+"""From so many samples on the binomial's quantile is taken from its normal limit: it is a rank off at most."""
+BATCH_ELEMENTS = 1 << 21
+"""Most samples in one table, fill included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +28,7 @@ class Summary:
     median: float
     ci_low: float
     ci_high: float
-    """Percentile-bootstrap interval of the median at 95 %; equal to the median when there is one sample."""
+    """Bootstrap interval of the median at 95 %, see `interval_rank`; equal to the median when there is one sample."""
     mean: float
     p10: float
     p90: float
@@ -32,42 +40,43 @@ class Summary:
 
 
 def summarize(sample_sets: Sequence[Sequence[float]]) -> list[Summary]:
-    """A summary of each sample set, in order. Sets of equal length are resampled together, from a fixed seed.
+    """A summary of each sample set, in order. Quantiles between two samples are interpolated linearly.
 
     Raises ValueError on an empty set: a missing measurement has no summary.
     """
     if any(len(samples) == 0 for samples in sample_sets):
         raise ValueError("a sample set is empty")
     summaries: dict[int, Summary] = {}
-    for length in sorted({len(samples) for samples in sample_sets}):
-        members = [i for i, samples in enumerate(sample_sets) if len(samples) == length]
-        table = np.asarray([sample_sets[i] for i in members], dtype=np.float64)
-        low, high = _median_interval(table)
-        quantiles = np.percentile(table, [10, 50, 90], axis=1)
-        for row, i in enumerate(members):
-            p10, median, p90 = (float(q) for q in quantiles[:, row])
-            # interpolating between equal samples can miss them by a rounding, and no error bar may be negative
-            ci_low, ci_high = min(float(low[row]), median), max(float(high[row]), median)
-            summaries[i] = Summary(length, median, ci_low, ci_high, float(table[row].mean()), p10, p90)
+    for members in _batches([len(samples) for samples in sample_sets]):
+        for i, summary in zip(members, _summarize([sample_sets[i] for i in members]), strict=True):
+            summaries[i] = summary
     return [summaries[i] for i in range(len(sample_sets))]
 
 
-def _median_interval(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Interval of each row's median, [rows] and [rows]."""
-    if table.shape[1] == 1:
-        return table[:, 0], table[:, 0]
-    interval = bootstrap(
-        (table,),
-        np.median,
-        axis=1,
-        n_resamples=RESAMPLES,
-        batch=32,
-        vectorized=True,
-        method="percentile",
-        confidence_level=CONFIDENCE,
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return interval.low, interval.high
+@lru_cache(maxsize=4096)
+def interval_rank(n: int) -> int:
+    """The k for which the k-th smallest and the k-th largest of n samples are the interval of their median at 95 %.
+
+    The percentile bootstrap, without the simulation: the median of a resample of n is at most the k-th smallest sample
+    with probability P(Binomial(n, k/n) ≥ n/2), at most, and k is the least at which that reaches 2.5 %
+    (Efron, "Bootstrap methods: another look at the jackknife", 1979, section 3). Up to five samples k is 1: the
+    interval is their range.
+    """
+    if n >= NORMAL_FROM:
+        return math.floor((n - 1.959963985 * math.sqrt(n)) / 2)
+    needed = (n + 1) // 2
+    return next(k for k in range(1, n + 1) if _binomial_tail(n, k / n, needed) >= (1 - CONFIDENCE) / 2)
+
+
+def _binomial_tail(n: int, p: float, least: int) -> float:
+    """P(Binomial(n, p) ≥ least), by logarithms, since n over j passes the largest float."""
+    if p >= 1.0:
+        return 1.0
+    log_n = math.lgamma(n + 1)
+    return sum(
+        math.exp(log_n - math.lgamma(j + 1) - math.lgamma(n - j + 1) + j * math.log(p) + (n - j) * math.log1p(-p))
+        for j in range(least, n + 1)
+    )
 
 
 def geometric_mean(ratios: Sequence[float]) -> float:
@@ -75,3 +84,48 @@ def geometric_mean(ratios: Sequence[float]) -> float:
     if not ratios:
         raise ValueError("no ratios")
     return float(np.exp(np.mean(np.log(ratios))))
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices of sets, those of similar length together, so that a filled table stays small."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batch and (len(batch) + 1) * lengths[i] > BATCH_ELEMENTS:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def _summarize(sample_sets: Sequence[Sequence[float]]) -> Iterator[Summary]:
+    counts = np.asarray([len(samples) for samples in sample_sets])
+    flat = np.concatenate([np.asarray(samples, dtype=np.float64) for samples in sample_sets])
+    means = np.add.reduceat(flat, np.concatenate([[0], np.cumsum(counts)[:-1]])) / counts
+    # rows are filled up with infinities, which sort behind every sample
+    table = np.full((len(sample_sets), counts.max()), np.inf)
+    table[np.arange(counts.max()) < counts[:, None]] = flat
+    table.sort(axis=1)
+    rows = np.arange(len(sample_sets))
+    ranks = np.asarray([interval_rank(int(n)) for n in counts])
+    low, high = table[rows, ranks - 1], table[rows, counts - ranks]
+    p10, median, p90 = (_quantile(table, rows, counts, fraction) for fraction in (0.1, 0.5, 0.9))
+    for row in range(len(sample_sets)):
+        yield Summary(
+            int(counts[row]),
+            float(median[row]),
+            float(low[row]),
+            float(high[row]),
+            float(means[row]),
+            float(p10[row]),
+            float(p90[row]),
+        )
+
+
+def _quantile(table: np.ndarray, rows: np.ndarray, counts: np.ndarray, fraction: float) -> np.ndarray:
+    """A quantile of each sorted row, [rows]."""
+    position = (counts - 1) * fraction
+    below = np.floor(position).astype(np.intp)
+    above = np.minimum(below + 1, counts - 1)
+    lower, upper = table[rows, below], table[rows, above]
+    return np.asarray(lower + (upper - lower) * (position - below))

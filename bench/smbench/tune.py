@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smbench.cell import AxisValue, canonical_json
+from smbench.cell import AxisValue
 from smbench.errors import UsageError
+from smbench.identity import canonical_json
 from smbench.plan import Plan
 from smbench.runner import WorkerCannotStart
 from smbench.workerprocess import WORKER, Refused, WorkerProcess, WorkerStopped

@@ -316,7 +316,7 @@ class View:
 
     def sample_counts(self, measure: str) -> tuple[int, int] | None:
         """Fewest and most samples behind a median, None where nothing was timed."""
-        return _range(len(m.samples_s) for m in self._measurements(measure))
+        return _range(s.n for row in self.analysis.rows if (s := row.summary(measure)))
 
     def above_bandwidth(self, measure: str) -> tuple[int, int] | None:
         """How many medians imply more bytes per second than the device's memory has, of how many; None if unknown."""

@@ -1,9 +1,10 @@
 """bgmv_expand: y[t] += x[t] . B[lora(t)]^T, one LoRA index per token. Owns its kernels and search space.
 
-With GROUP 1 the grid is (tokens, SPLIT_N): a program owns neighbouring blocks of BLOCK_N outputs of one token, so N need
-not divide by the split. Rows of B are contiguous: a block is one stretch of memory when the rank is a power of two. With
-GROUP 16 the first token of every 16 with the same LoRA takes all of them through the tensor cores, one block of outputs a
-program. No result is shared between programs. Accumulation is float32; y is rounded once.
+Grid (tokens, SPLIT_N): a program owns neighbouring blocks of BLOCK_N outputs, so N need not divide by the split and no
+result is shared between programs. With GROUP 1 it serves one token with plain multiply-adds; rows of B are contiguous,
+so that a block is one stretch of memory when the rank is a power of two. With GROUP 16 the first token of every 16 with
+the same LoRA takes all of them through the tensor cores, and the programs of the others end at once. x is rounded to
+the weights' type for the tensor cores only; accumulation is float32, and y is rounded once.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import triton.language as tl
 
-from smbench_kernels.launch import Call, Workspace, ceil_div, jit, next_power_of_two
+from smbench_kernels.launch import SHARED_BYTES, Call, Workspace, ceil_div, jit, next_power_of_two
 from smbench_kernels.lora import Sizes, make_op
 from smbench_kernels.lora_tiles import expand_tile, place_in_group
 from smbench_kernels.model import Plan
@@ -61,7 +62,7 @@ def _bgmv_expand(
         tl.store(y_row + cols, (y.to(tl.float32) + change).to(y_ptr.dtype.element_ty), mask=col_ok)
 
 
-@jit(do_not_specialize=["tokens"])
+@jit(do_not_specialize=["tokens", "blocks"])
 def _bgmv_expand_grouped(
     x_ptr: tl.tensor,
     b_ptr: tl.tensor,
@@ -70,6 +71,7 @@ def _bgmv_expand_grouped(
     tokens: tl.tensor,
     hidden: tl.tensor,
     rank: tl.tensor,
+    blocks: tl.tensor,
     GROUP: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -85,19 +87,21 @@ def _bgmv_expand_grouped(
         return
     # 64-bit: T * h and L * h * r pass 2**31 at sizes that engines use
     members = tl.sum(has_place.to(tl.int32) * tl.arange(0, BLOCK_T)[None, :], axis=1).to(tl.int64)
-    expand_tile(
-        x_ptr + members[:, None] * rank,
-        tl.sum(has_place.to(tl.int32), axis=1) > 0,
-        b_ptr + lora.to(tl.int64) * hidden * rank,
-        y_ptr + members[:, None] * hidden,
-        tl.program_id(1) * BLOCK_N,
-        hidden,
-        rank,
-        GROUP,
-        BLOCK_N,
-        BLOCK_R,
-        STEPS_R,
-    )
+    m_ok = tl.sum(has_place.to(tl.int32), axis=1) > 0
+    for block in range(0, blocks):
+        expand_tile(
+            x_ptr + members[:, None] * rank,
+            m_ok,
+            b_ptr + lora.to(tl.int64) * hidden * rank,
+            y_ptr + members[:, None] * hidden,
+            (tl.program_id(1) * blocks + block) * BLOCK_N,
+            hidden,
+            rank,
+            GROUP,
+            BLOCK_N,
+            BLOCK_R,
+            STEPS_R,
+        )
 
 
 def workspace_sizes(point: Point, config: Config) -> tuple[int, int]:
@@ -110,16 +114,23 @@ def call(point: Point, inputs: Mapping[str, Any], workspace: Workspace, config: 
     sizes = Sizes.of(point)
     tensors = (inputs["x"], inputs["weights"], inputs["y"], inputs["indices"])
     options = {"num_warps": config["num_warps"]}
-    blocks = ceil_div(sizes.hidden, config["BLOCK_N"])
+    blocks = ceil_div(ceil_div(sizes.hidden, config["BLOCK_N"]), config["SPLIT_N"])
+    grid = (sizes.tokens, config["SPLIT_N"], 1)
     if config["GROUP"] == 1:
-        numbers = (sizes.hidden, sizes.rank, ceil_div(blocks, config["SPLIT_N"]))
-        constants = (config["BLOCK_N"], next_power_of_two(sizes.rank))
-        return Call(_bgmv_expand, (sizes.tokens, config["SPLIT_N"], 1), (*tensors, *numbers, *constants), options)
+        block_r = next_power_of_two(sizes.rank)
+        arguments = (*tensors, sizes.hidden, sizes.rank, blocks, config["BLOCK_N"], block_r)
+        return Call(_bgmv_expand, grid, arguments, options)
     block_t = max(16, next_power_of_two(sizes.tokens))
     block_r = min(128, max(16, next_power_of_two(sizes.rank)))
+    numbers = (sizes.tokens, sizes.hidden, sizes.rank, blocks)
     constants = (config["GROUP"], block_t, config["BLOCK_N"], block_r, ceil_div(sizes.rank, block_r))
-    arguments = (*tensors, sizes.tokens, sizes.hidden, sizes.rank, *constants)
-    return Call(_bgmv_expand_grouped, (sizes.tokens, blocks, 1), arguments, options)
+    return Call(_bgmv_expand_grouped, grid, (*tensors, *numbers, *constants), options)
+
+
+def _tile_bytes(sizes: Sizes, config: Config) -> int:
+    """Shared memory of the tiles of a group: two blocks of weights and x in flight, one of outputs."""
+    ranks, block_n = max(16, next_power_of_two(sizes.rank)), config["BLOCK_N"]
+    return 2 * ranks * (2 * block_n + 4 * config["GROUP"]) + 2 * config["GROUP"] * block_n
 
 
 def space(point: Point) -> list[Config]:
@@ -140,8 +151,10 @@ def space(point: Point) -> list[Config]:
                 held = block_n * next_power_of_two(sizes.rank) // (32 * num_warps)
                 if held <= WEIGHTS_PER_THREAD or (block_n, num_warps) == (32, 8):
                     found.append({"GROUP": 1, "BLOCK_N": block_n, "SPLIT_N": split, "num_warps": num_warps})
-        if 1 < sizes.tokens <= MAX_GROUPED_TOKENS and 64 <= block_n <= 256:
-            found += [{"GROUP": 16, "BLOCK_N": block_n, "num_warps": num_warps} for num_warps in (2, 4)]
+            if 1 < sizes.tokens <= MAX_GROUPED_TOKENS and 64 <= block_n <= 256:
+                config = {"GROUP": 16, "BLOCK_N": block_n, "SPLIT_N": split, "num_warps": 4}
+                if _tile_bytes(sizes, config) <= SHARED_BYTES:
+                    found.append(config)
     return found
 
 
@@ -149,8 +162,7 @@ def plan(point: Point, config: Config) -> Plan:
     """What a configuration does, for the time model."""
     sizes = Sizes.of(point)
     group = config["GROUP"]
-    blocks = ceil_div(sizes.hidden, config["BLOCK_N"])
-    split = config["SPLIT_N"] if group == 1 else blocks
+    split = config["SPLIT_N"]
     # tokens spread evenly over the LoRAs
     used = min(sizes.loras, sizes.tokens)
     groups = used * ceil_div(ceil_div(sizes.tokens, used), group)
@@ -160,11 +172,12 @@ def plan(point: Point, config: Config) -> Plan:
         programs=groups * split,
         threads=32 * config["num_warps"],
         # grouping takes about as long as a load
-        rounds=ceil_div(blocks, split) + (group > 1),
+        rounds=ceil_div(ceil_div(sizes.hidden, config["BLOCK_N"]), split) + (group > 1),
         device_bytes=2.0 * used * weights + 4.0 * y,
         cache_bytes=2.0 * groups * weights + 4.0 * y + 4.0 * sizes.tokens * split * sizes.rank,
         # convert and multiply-add each weight, load several at once, shuffle and round each output
         operations=sizes.tokens * weights * 2.2 + y * 8.0 if group == 1 else 0.0,
+        shared_bytes=_tile_bytes(sizes, config) if group > 1 else 0,
         idle_programs=(sizes.tokens - groups) * split,
     )
 

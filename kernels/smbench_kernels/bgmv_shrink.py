@@ -159,20 +159,19 @@ def call(point: Point, inputs: Mapping[str, Any], workspace: Workspace, config: 
     block_r = config["BLOCK_R"]
     grid = (sizes.tokens, config["SPLIT_K"], ceil_div(sizes.rank, block_r))
     tensors = (inputs["x"], inputs["weights"], inputs["y"], inputs["indices"], workspace.partials, workspace.counters)
+    shape = (sizes.hidden, sizes.rank, config["SPLIT_K"])
     if config["GROUP"] == 1:
         # the last program loads 16 partial sums per thread at a time
         block_s = min(256, max(4, 512 * config["num_warps"] // block_r))
-        numbers = (SCALE, sizes.hidden, sizes.rank, config["SPLIT_K"])
-        constants = (block_r, config["BLOCK_K"], block_s)
-        options = {"num_warps": config["num_warps"]}
-        return Call(_bgmv_shrink, grid, (*tensors, *numbers, *constants), options)
+        arguments = (*tensors, SCALE, *shape, block_r, config["BLOCK_K"], block_s)
+        return Call(_bgmv_shrink, grid, arguments, {"num_warps": config["num_warps"]})
     block_t = max(16, next_power_of_two(sizes.tokens))
+    # the last program loads 64 partial sums per thread at a time
     block_s = max(1, min(16, 2048 * config["num_warps"] // (config["GROUP"] * block_r)))
-    numbers = (SCALE, sizes.tokens, sizes.hidden, sizes.rank, config["SPLIT_K"])
     even = sizes.hidden % config["BLOCK_K"] == 0
     constants = (config["GROUP"], block_t, block_r, config["BLOCK_K"], even, block_s)
     options = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
-    return Call(_bgmv_shrink_grouped, grid, (*tensors, *numbers, *constants), options)
+    return Call(_bgmv_shrink_grouped, grid, (*tensors, SCALE, sizes.tokens, *shape, *constants), options)
 
 
 def space(point: Point) -> list[Config]:
@@ -223,6 +222,7 @@ def plan(point: Point, config: Config) -> Plan:
         # convert and multiply-add each weight, load several at once, share x among rows
         operations=sizes.tokens * weights * (2.2 + 1.5 / block_r) if group == 1 else 0.0,
         reduced_bytes=4.0 * split * group * block_r if split > 1 else 0.0,
+        shared_bytes=0 if group == 1 else config["num_stages"] * 2 * config["BLOCK_K"] * (group + block_r),
         idle_programs=(sizes.tokens - groups) * split * tiles,
     )
 

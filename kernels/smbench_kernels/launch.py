@@ -24,6 +24,10 @@ def jit(**options: Any) -> Callable[[Callable[..., None]], Any]:
     return decorate
 
 
+SHARED_BYTES = 96 * 1024
+"""Most shared memory for tiles in flight: every supported card has it, sm86 and sm89 the least with 99 KiB."""
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """Everything that a launch passes. To compile without tensors, `arguments` holds dtypes in their place."""

@@ -21,8 +21,8 @@ def place_in_group(
 ) -> tl.tensor:
     """How many tokens before this one share its LoRA, and the place of every token among those from this one on.
 
-    Each program finds its group from the indices themselves, so that no metadata has to be built on the host and indices
-    may change between replays of a graph. Returns a scalar and [GROUP, BLOCK_T]: whether a token has that place.
+    Each program finds its group from the indices themselves, so that no metadata has to be built on the host and the
+    indices may change between replays of a graph. Returns a scalar and [GROUP, BLOCK_T]: whether a token has a place.
     """
     others = tl.arange(0, BLOCK_T)
     same = (tl.load(indices_ptr + others, mask=others < tokens, other=-1) == lora).to(tl.int32)

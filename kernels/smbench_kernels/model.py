@@ -23,8 +23,6 @@ REDUCE_BYTES_PER_S = 60e9
 """One program alone: some 24 KiB in flight at 0.4 us, the latency of the L2."""
 PROGRAM_S = 0.4e-9
 """Launching one more program."""
-IDLE_PROGRAM_S = 2e-9
-"""A program that ends after one load, across a device full of them."""
 L2_BYTES_PER_S_PER_SM = 40e9
 LANES_PER_S_PER_SM = 128 * 1.5e9
 """Scalar instructions: 128 lanes at a clock that every card of the field sustains."""
@@ -75,5 +73,6 @@ def seconds(plan: Plan, device: Mapping[str, float]) -> float:
         plan.operations / (busy_sms * LANES_PER_S_PER_SM),
     )
     reduce_s = REDUCE_S + plan.reduced_bytes / REDUCE_BYTES_PER_S if plan.reduced_bytes else 0.0
-    launch_s = LAUNCH_S + plan.programs * PROGRAM_S + plan.idle_programs * IDLE_PROGRAM_S
-    return launch_s + math.hypot(latency_s, traffic_s) + reduce_s
+    # an idle program takes a place for one load
+    idle_s = plan.idle_programs / (sms * per_sm) * LATENCY_S
+    return LAUNCH_S + plan.programs * PROGRAM_S + idle_s + math.hypot(latency_s, traffic_s) + reduce_s

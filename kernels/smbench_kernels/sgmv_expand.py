@@ -26,6 +26,9 @@ OP = make_op(
     per_token=False,
 )
 
+VALUES_PER_THREAD = 160
+"""Most registers of a thread for the tile; the rest of 255 are addresses and what the compiler needs."""
+
 
 @jit()
 def _sgmv_expand(
@@ -98,8 +101,14 @@ def call(point: Point, inputs: Mapping[str, Any], workspace: Workspace, config: 
     )
 
 
+def _held_values(block_m: int, block_n: int, rank: int) -> int:
+    """Registers of a tile: sums and y, weights two to a register, x before it is rounded; all are loaded early."""
+    ranks = max(16, next_power_of_two(rank))
+    return block_m * block_n * 3 // 2 + block_n * ranks // 2 + block_m * ranks
+
+
 def space(point: Point) -> list[Config]:
-    """Tiles of 16 to 64 tokens by 32 to 256 outputs, without those whose sums alone fill half a thread's registers."""
+    """Tiles of 16 to 64 tokens by 32 to 256 outputs, as far as a thread's registers go; the least tile at any rank."""
     sizes = Sizes.of(point)
     found: list[Config] = []
     for block_m in (16, 32, 64):
@@ -109,7 +118,8 @@ def space(point: Point) -> list[Config]:
             if block_n > max(32, next_power_of_two(sizes.hidden)):
                 continue
             for num_warps in (2, 4, 8):
-                if block_m * block_n <= 64 * 32 * num_warps:
+                held = _held_values(block_m, block_n, sizes.rank) // (32 * num_warps)
+                if held <= VALUES_PER_THREAD or (block_m, block_n, num_warps) == (16, 32, 8):
                     found.append({"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps})
     return found
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import triton.language as tl
 
-from smbench_kernels.launch import Call, Workspace, ceil_div, jit, next_power_of_two
+from smbench_kernels.launch import SHARED_BYTES, Call, Workspace, ceil_div, jit, next_power_of_two
 from smbench_kernels.lora import SCALE, Sizes, make_op
 from smbench_kernels.lora_tiles import shrink_tile
 from smbench_kernels.model import Plan
@@ -27,9 +27,6 @@ OP = make_op(
     expands=False,
     per_token=False,
 )
-
-SHARED_BYTES = 96 * 1024
-"""Most shared memory for the tiles in flight: what every supported card has, sm86 and sm89 the least with 99 KiB."""
 
 
 @jit(do_not_specialize=["split", "rank_tiles"])

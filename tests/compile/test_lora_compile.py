@@ -49,6 +49,7 @@ def chosen(name: str, capability: int) -> Iterator[tuple[Point, Config]]:
         point_of(name, 16, 4096, 16, "float16"),
         point_of(name, 56, 128256, 64, "bfloat16"),
         point_of(name, 3, 127, 5, "float16"),
+        point_of(name, 40, 3424, 256, "float16"),
     ):
         yield point, kernel.default_config(point, device)
     for path in sorted(configs.ROOT.glob(f"*/{name}.json")):

@@ -23,7 +23,7 @@ SHAPES = {
     "sgmv": [(1, 1, 127, 5), (3, 5, 3424, 16), (2, 33, 130, 12), (1, 17, 256, 144)],
 }
 CASES = [(name, *shape) for name in OPS for shape in SHAPES[name[:4]]]
-SAMPLE = 12
+SAMPLE = 8
 """Configurations of each search space that one run checks."""
 
 
@@ -124,16 +124,31 @@ def test_a_configuration_tuned_for_another_point_is_right(name: str, config: Con
     check(name, point, inputs, kernel_of(name).tunable.prepare(point, inputs, config).run, calls=2)
 
 
-SPLIT = {
-    "bgmv_shrink": {"GROUP": 1, "BLOCK_R": 4, "BLOCK_K": 64, "SPLIT_K": 4, "num_warps": 4},
-    "bgmv_expand": {"GROUP": 1, "BLOCK_N": 32, "SPLIT_N": 4, "num_warps": 4},
-    "sgmv_shrink": {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 64, "SPLIT_K": 4, "num_warps": 4, "num_stages": 2},
-    "sgmv_expand": {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4},
-}
+SPLIT: list[tuple[str, Config]] = [
+    ("bgmv_shrink", {"GROUP": 1, "BLOCK_R": 4, "BLOCK_K": 64, "SPLIT_K": 4, "num_warps": 4}),
+    ("bgmv_shrink", {"GROUP": 16, "BLOCK_R": 16, "BLOCK_K": 64, "SPLIT_K": 4, "num_warps": 4, "num_stages": 3}),
+    ("bgmv_expand", {"GROUP": 1, "BLOCK_N": 32, "SPLIT_N": 4, "num_warps": 4}),
+    ("bgmv_expand", {"GROUP": 16, "BLOCK_N": 64, "SPLIT_N": 3, "num_warps": 4}),
+    (
+        "sgmv_shrink",
+        {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 64, "SPLIT_K": 4, "num_warps": 4, "num_stages": 2},
+    ),
+    ("sgmv_expand", {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4}),
+]
+"""One of each kernel, with everything that can be split split."""
+
+
+@pytest.mark.parametrize("batch", [17, 53])
+@pytest.mark.parametrize(("name", "config"), [case for case in SPLIT if case[1].get("GROUP") == 16])
+def test_groups_hold_every_token_once(name: str, config: Config, batch: int, seed: int) -> None:
+    """More tokens of one LoRA than a group takes, in any order, some without a LoRA."""
+    point = point_of(batch, 1, 300, 20)
+    inputs = make(name, point, seed, no_lora=2)
+    check(name, point, inputs, kernel_of(name).tunable.prepare(point, inputs, config).run, calls=2)
 
 
 @pytest.mark.parametrize("none", [2, 5])
-@pytest.mark.parametrize(("name", "config"), SPLIT.items())
+@pytest.mark.parametrize(("name", "config"), SPLIT)
 def test_tokens_without_lora_stay_untouched(name: str, config: Config, none: int, seed: int) -> None:
     point = point_of(5, 1 if name.startswith("bgmv") else 17, 300, 12)
     inputs = make(name, point, seed, no_lora=none)
@@ -141,7 +156,7 @@ def test_tokens_without_lora_stay_untouched(name: str, config: Config, none: int
     check(name, point, inputs, kernel_of(name).tunable.prepare(point, inputs, config).run)
 
 
-@pytest.mark.parametrize(("name", "config"), SPLIT.items())
+@pytest.mark.parametrize(("name", "config"), SPLIT)
 def test_indices_may_change_between_calls(name: str, config: Config, seed: int) -> None:
     """A captured graph is replayed for other LoRAs than those it was captured with."""
     point = point_of(5, 1 if name.startswith("bgmv") else 17, 300, 12)
@@ -152,7 +167,7 @@ def test_indices_may_change_between_calls(name: str, config: Config, seed: int) 
         check(name, point, inputs, run)
 
 
-@pytest.mark.parametrize(("name", "config"), SPLIT.items())
+@pytest.mark.parametrize(("name", "config"), SPLIT)
 def test_same_bits_every_time(name: str, config: Config, seed: int) -> None:
     point = point_of(3, 1 if name.startswith("bgmv") else 17, 300, 12)
     results = []
@@ -165,8 +180,8 @@ def test_same_bits_every_time(name: str, config: Config, seed: int) -> None:
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("name", ["sgmv_shrink", "sgmv_expand"])
-def test_sequences_may_differ_in_length(name: str, seed: int) -> None:
+@pytest.mark.parametrize(("name", "config"), [case for case in SPLIT if case[0].startswith("sgmv")])
+def test_sequences_may_differ_in_length(name: str, config: Config, seed: int) -> None:
     """`seq_len` is the longest; a shorter sequence leaves its surplus tiles idle."""
     point = point_of(3, 33, 130, 12)
     whole = make(name, point, seed)
@@ -179,14 +194,14 @@ def test_sequences_may_differ_in_length(name: str, seed: int) -> None:
         "seq_lens": lengths,
         "seq_starts": torch.tensor([0, 33, 33], dtype=torch.int32),
     }
-    check(name, point, inputs, kernel_of(name).tunable.prepare(point, inputs, SPLIT[name]).run)
+    check(name, point, inputs, kernel_of(name).tunable.prepare(point, inputs, config).run)
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_nothing_but_y_is_written(name: str, seed: int) -> None:
+@pytest.mark.parametrize(("name", "config"), SPLIT)
+def test_nothing_but_y_is_written(name: str, config: Config, seed: int) -> None:
     point = point_of(3, 1 if name.startswith("bgmv") else 17, 300, 12)
     inputs = make(name, point, seed)
     before = {key: value.clone() for key, value in inputs.items() if key != "y"}
-    kernel_of(name).tunable.prepare(point, inputs, SPLIT[name]).run()
+    kernel_of(name).tunable.prepare(point, inputs, config).run()
     for key, value in before.items():
         assert torch.equal(inputs[key], value), key

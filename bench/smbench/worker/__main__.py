@@ -54,6 +54,7 @@ def serve(request: dict[str, Any], events: Events) -> int:
     """Answer a request: every job gets its result, unless the process breaks."""
     import torch
 
+    from smbench.identity import environment_id
     from smbench.worker import environment, telemetry
     from smbench.worker.op import Job, OpRunner
     from smbench.worker.timing import Spec
@@ -70,7 +71,7 @@ def serve(request: dict[str, Any], events: Events) -> int:
     facts = environment.capture()
     events.emit(
         "ready",
-        environment_id=environment.environment_id(facts),
+        environment_id=environment_id(facts),
         environment=facts,
         timer_checks=_timer_checks(device, runner),
     )
@@ -92,12 +93,13 @@ def serve(request: dict[str, Any], events: Events) -> int:
 
 def serve_tuning(request: dict[str, Any], events: Events) -> int:
     """Answer a tuning request: the best configuration of every point."""
+    from smbench.identity import environment_id
     from smbench.worker import environment
     from smbench.worker.tune import tune
 
     facts = environment.capture()
     events.emit(
-        "ready", environment_id=environment.environment_id(facts), environment=facts, timer_checks=[]
+        "ready", environment_id=environment_id(facts), environment=facts, timer_checks=[]
     )
     for outcome in tune(request):
         events.emit(**outcome)

@@ -7,7 +7,6 @@ while measuring (telemetry.py). A fact that cannot be had is None and `missing` 
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from smbench import __version__, machine
+from smbench.identity import environment_id, files_sha256
 from smbench.nvml import NvmlUnavailable, fixed_facts, open_gpu
 
 FORMAT = 1
@@ -146,16 +146,6 @@ def capture(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     return {**facts, "missing": sorted(missing)}
 
 
-def environment_id(environment: Mapping[str, Any]) -> str:
-    """First 16 hex digits of the SHA-256 of the record's canonical JSON (sorted keys, no spaces, UTF-8).
-
-    Equal for two machines that are alike in every recorded fact. The reasons in `missing` do not count.
-    """
-    counted = {key: value for key, value in environment.items() if key != "missing"}
-    text = json.dumps(counted, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
-
-
 def library_versions() -> dict[str, str]:
     """Versions of the installed ones among LIBRARIES, from their metadata: nothing is imported."""
     versions = {name: _installed_version(name) for name in LIBRARIES}
@@ -199,13 +189,8 @@ def package_sha256(name: str) -> str | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     folder = Path(next(iter(spec.submodule_search_locations)))
-    digest = hashlib.sha256()
     files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    for relative in sorted(path for path in files if "__pycache__" not in path):
-        content = files[relative].read_bytes()
-        digest.update(f"{relative}\0{len(content)}\0".encode())
-        digest.update(content)
-    return digest.hexdigest()
+    return files_sha256((path, files[path].read_bytes()) for path in sorted(files) if "__pycache__" not in path)
 
 
 def image(file: Path, missing: list[str]) -> dict[str, Any]:

@@ -1,0 +1,83 @@
+"""The figure of a comparison: every ratio with its interval, sorted. Owns its looks; computes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes as Panel
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+from smbench.compare import Comparison
+from smbench.figures import DPI, STYLE, WIDTH_PX, drawable
+from smbench.verdicts import VERDICTS, Row, Verdict
+
+COLORS: Mapping[Verdict, str] = {"slower": "#b2182b", "faster": "#2166ac", "same": "#4d9a57", "unclear": "#999999"}
+LEAST_SPAN = 1.15
+"""The ratio axis spans at least this factor either way, so that noise does not look like an effect."""
+TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 0.9, 0.95, 1, 1.05, 1.1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100)
+FEWEST_TICKS_FACTOR = 2.0
+"""Beyond this span the ticks close to 1 would print over each other and are left out."""
+
+
+def draw(comparisons: Sequence[Comparison]) -> bytes:
+    """The PNG: a panel for each comparison and measurement. The comparisons have at least one row together."""
+    shown = [
+        (letter, comparison, name, [row for row in comparison.rows if row.measurement == name])
+        for letter, comparison in zip("BCDEFGHIJKLMNOPQRSTUVWXYZ", comparisons, strict=False)
+        for name in comparison.measurements()
+    ]
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(STYLE)
+        figure = Figure(figsize=(WIDTH_PX / DPI, 2.9 * len(shown) + 0.5), dpi=DPI, layout="constrained")
+        panels = list(figure.subplots(len(shown), 1, squeeze=False).flat)
+        for panel, (letter, comparison, name, rows) in zip(panels, shown, strict=True):
+            _ratios(panel, rows, comparison.margin)
+            title = f"{name}: time of {letter} ({comparison.b.name}) over time of A ({comparison.a.name})"
+            panel.set_title(drawable(title), loc="left")
+        handles = [
+            Line2D([], [], color=COLORS[verdict], marker="o", markersize=3, label=verdict) for verdict in VERDICTS
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(VERDICTS))
+        FigureCanvasAgg(figure)
+        file = BytesIO()
+        figure.savefig(file, format="png", metadata={"Software": None})
+        return file.getvalue()
+
+
+def _ratios(panel: Panel, rows: Sequence[Row], margin: float) -> None:
+    """Ratios of one measurement against their rank, in the colours of their verdicts; the margin is a grey band."""
+    ranked = sorted(rows, key=lambda row: row.ratio)
+    for verdict in VERDICTS:
+        chosen = [(i + 1, row) for i, row in enumerate(ranked) if row.verdict == verdict]
+        if not chosen:
+            continue
+        ranks = np.asarray([rank for rank, _ in chosen])
+        low, ratio, high = np.asarray([[row.ci_low, row.ratio, row.ci_high] for _, row in chosen]).T
+        panel.vlines(ranks, low, high, color=COLORS[verdict], linewidth=0.8, alpha=0.6)
+        size = 2.5 if len(ranked) > 300 else 4
+        panel.plot(ranks, ratio, color=COLORS[verdict], linestyle="none", marker=".", markersize=size)
+    panel.axhspan(1 / (1 + margin), 1 + margin, color="#cccccc", alpha=0.4, linewidth=0)
+    panel.axhline(1, color="#444444", linewidth=0.8)
+    farthest = max(max(row.ratio, 1 / row.ratio) for row in ranked)
+    below = max(LEAST_SPAN, 1.05 / ranked[0].ratio)
+    above = max(LEAST_SPAN, 1.05 * ranked[-1].ratio)
+    panel.set_yscale("log")
+    panel.set_ylim(1 / below, above)
+    near = 1 if farthest < FEWEST_TICKS_FACTOR else 1.2 if farthest < FEWEST_TICKS_FACTOR**3 else 1.9
+    ticks = [
+        tick for tick in TICKS if 1 / below <= tick <= above and (tick == 1 or abs(math.log(tick)) > math.log(near))
+    ]
+    panel.yaxis.set_major_locator(FixedLocator(ticks))
+    panel.yaxis.set_minor_locator(NullLocator())
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.set_xlim(0, len(ranked) + 1)
+    panel.set_xlabel("cells, by ratio")

@@ -1,0 +1,126 @@
+"""The LoRA kernels on a GPU: what the interpreter cannot show, races between programs, graphs and 64-bit offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from smbench_kernels import hardware, lora
+from smbench_kernels.launch import Workspace
+from smbench_kernels.op import Inputs, Point, Prepared, load
+from smbench_kernels.registry import op as find_op
+
+pytestmark = pytest.mark.gpu
+OPS = ("bgmv_shrink", "bgmv_expand", "sgmv_shrink", "sgmv_expand")
+
+
+def point_of(name: str, batch: int, hidden: int, rank: int, dtype: str = "float16") -> Point:
+    return {
+        "batch": batch,
+        "seq_len": 1 if name.startswith("bgmv") else 40,
+        "hidden_size": hidden,
+        "rank": rank,
+        "num_loras": 4,
+        "dtype": dtype,
+    }
+
+
+def make(name: str, point: Point, seed: int, no_lora: int = 0) -> Inputs:
+    return lora.make_inputs(
+        point,
+        seed,
+        torch.device("cuda"),
+        expands=name.endswith("expand"),
+        per_token=name.startswith("bgmv"),
+        no_lora=no_lora,
+    )
+
+
+def check(name: str, point: Point, inputs: Inputs, run: Callable[[], None]) -> None:
+    before, expected = inputs["y"].double(), lora.reference(point, inputs)
+    run()
+    tolerance = find_op(name).tolerance(point)
+    error = inputs["y"].double() - expected
+    assert error.norm() <= tolerance.relative * (expected - before).norm()
+
+
+def prepared_of(name: str, point: Point, inputs: Inputs, most_split: bool) -> Prepared:
+    """The configuration with the most programs sharing a result, or the default."""
+    if not most_split:
+        return find_op(name).provider("smbench")(point, inputs)
+    tunable = find_op(name).tuning()
+    config = max(tunable.space(point), key=lambda config: config.get("SPLIT_K", config.get("SPLIT_N", 0)))
+    return tunable.prepare(point, inputs, config)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("batch", "hidden", "rank"), [(1, 127, 5), (17, 3424, 12), (40, 4096, 64), (8, 11008, 128)])
+@pytest.mark.parametrize("name", OPS)
+def test_every_sampled_configuration_is_right(name: str, batch: int, hidden: int, rank: int, dtype: str) -> None:
+    point = point_of(name, batch, hidden, rank, dtype)
+    tunable = find_op(name).tuning()
+    inputs = make(name, point, 1, no_lora=batch // 8)
+    check(name, point, inputs, find_op(name).provider("smbench")(point, inputs).run)
+    for config in tunable.space(point)[::9]:
+        inputs = make(name, point, 2, no_lora=batch // 8)
+        check(name, point, inputs, tunable.prepare(point, inputs, config).run)
+
+
+@pytest.mark.parametrize("most_split", [False, True], ids=["default", "most split"])
+@pytest.mark.parametrize("name", OPS)
+def test_same_bits_whatever_order_programs_run_in(name: str, most_split: bool) -> None:
+    point = point_of(name, 33, 14336, 16)
+    inputs = make(name, point, 1)
+    start = inputs["y"].clone()
+    run = prepared_of(name, point, inputs, most_split).run
+    run()
+    first = inputs["y"].clone()
+    for _ in range(300):
+        inputs["y"].copy_(start)
+        run()
+        assert torch.equal(inputs["y"], first)
+
+
+@pytest.mark.parametrize("most_split", [False, True], ids=["default", "most split"])
+@pytest.mark.parametrize("name", OPS)
+def test_a_graph_is_replayed_for_other_indices(name: str, most_split: bool) -> None:
+    point = point_of(name, 33, 4096, 16)
+    inputs = make(name, point, 1)
+    run = prepared_of(name, point, inputs, most_split).run
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for none in (0, 5, 33):
+        inputs["indices"].copy_(lora.draw_indices(33, 4, none, none))
+        check(name, point, inputs, graph.replay)
+
+
+@pytest.mark.parametrize("name", ["sgmv_shrink", "sgmv_expand"])
+def test_offsets_beyond_32_bits(name: str) -> None:
+    """2**31 elements of x or y, of which the last rows are compared."""
+    point = {**point_of(name, 1, 128256, 16), "seq_len": 17000}
+    inputs = make(name, point, 1)
+    tail = slice(16900, None)
+    wide = inputs["weights"][int(inputs["indices"][0])].double()
+    before = inputs["y"][tail].double()
+    find_op(name).provider("smbench")(point, inputs).run()
+    change = inputs["x"][tail].double() @ wide.T
+    error = inputs["y"][tail].double() - before - change
+    assert error.norm() <= find_op(name).tolerance(point).relative * change.norm()
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_a_launch_finds_what_was_precompiled(name: str) -> None:
+    """The key of a compilation without a GPU is the one that the launch used."""
+    major, minor = torch.cuda.get_device_capability()
+    point = point_of(name, 8, 1024, 16)
+    inputs = make(name, point, 1)
+    kernel = load(f"smbench_kernels.{name}:KERNEL")
+    config = kernel.default_config(point, hardware.of(torch.device("cuda")))
+    workspace = Workspace.allocate(*kernel.workspace_sizes(point, config), torch.device("cuda"))
+    call = kernel.call(point, inputs, workspace, config)
+    launched = call.kernel[call.grid](*call.arguments, **call.options)
+    assert launched.hash == kernel.tunable.precompile(point, config, 10 * major + minor)
