@@ -138,10 +138,8 @@ def test_a_torn_file_is_refused(tmp_path: Path) -> None:
         configs.load(path)
 
 
-@pytest.mark.parametrize(
-    "path", sorted(configs.ROOT.glob("*/*.json")), ids=lambda path: f"{path.parent.name}-{path.stem}"
-)
-def test_shipped_files_are_where_their_device_looks(path: Path) -> None:
-    tuned = configs.load(path)
-    assert configs.path_of(tuned.device, tuned.op) == path
-    assert tuned.entries
+def test_shipped_files_are_where_their_device_looks() -> None:
+    for path in configs.ROOT.glob("*/*.json"):
+        tuned = configs.load(path)
+        assert configs.path_of(tuned.device, tuned.op) == path
+        assert tuned.entries

@@ -10,6 +10,7 @@ import torch
 from smbench_kernels import hardware, lora
 from smbench_kernels.launch import Workspace
 from smbench_kernels.op import Inputs, Point, Prepared, load
+from smbench_kernels.own import OwnKernel
 from smbench_kernels.registry import op as find_op
 
 pytestmark = pytest.mark.gpu
@@ -118,7 +119,7 @@ def test_a_launch_finds_what_was_precompiled(name: str) -> None:
     major, minor = torch.cuda.get_device_capability()
     point = point_of(name, 8, 1024, 16)
     inputs = make(name, point, 1)
-    kernel = load(f"smbench_kernels.{name}:KERNEL")
+    kernel: OwnKernel = load(f"smbench_kernels.{name}:KERNEL")
     config = kernel.default_config(point, hardware.of(torch.device("cuda")))
     workspace = Workspace.allocate(*kernel.workspace_sizes(point, config), torch.device("cuda"))
     call = kernel.call(point, inputs, workspace, config)

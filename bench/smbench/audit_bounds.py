@@ -19,7 +19,7 @@ SLACK = 1.1
 
 def floor_s(seen: Observation, device: Device, resident_bytes: float) -> float:
     """The least time that the work of a number takes; from a warm cache, what fits it need not be moved."""
-    return sum(phase.times * _phase_s(phase, seen.dtype, device, resident_bytes)[0] for phase in seen.work)
+    return sum(phase.times * _phase_s(phase, seen, device, resident_bytes)[0] for phase in seen.work)
 
 
 def physics(dataset: Dataset) -> Iterator[Finding]:
@@ -112,11 +112,18 @@ def _resident(seen: Observation, device: Device) -> float:
     return 0.0 if seen.l2 == "cold" else float(device.l2_bytes or 0)
 
 
-def _phase_s(phase: PhaseWork, dtype: str, device: Device, resident_bytes: float) -> tuple[float, bool]:
+def _peak(seen: Observation, device: Device) -> float | None:
+    """Peak of the matrix units for a number's precisions; None where it is unknown."""
+    if seen.accumulate == "float16":
+        return device.float16_accumulate_flops_per_s
+    return device.tensor_peak_flops_per_s(seen.dtype)
+
+
+def _phase_s(phase: PhaseWork, seen: Observation, device: Device, resident_bytes: float) -> tuple[float, bool]:
     """Least time of one of a phase, and whether its bytes, not its operations, decide."""
     bandwidth = device.memory_bandwidth_bytes_per_s
     memory_s = max(0.0, phase.bytes - resident_bytes) / bandwidth if bandwidth else 0.0
-    peak = device.tensor_peak_flops_per_s(dtype)
+    peak = _peak(seen, device)
     compute_s = phase.flops / peak if peak else 0.0
     return max(memory_s, compute_s), memory_s >= compute_s
 
@@ -125,12 +132,12 @@ def _arithmetic(seen: Observation, device: Device) -> str:
     terms = []
     for phase in seen.work:
         resident = _resident(seen, device)
-        seconds, by_bytes = _phase_s(phase, seen.dtype, device, resident)
+        seconds, by_bytes = _phase_s(phase, seen, device, resident)
         if by_bytes:
             rate = say(device.memory_bandwidth_bytes_per_s or 0, "B/s")
             what = f"{say(max(0.0, phase.bytes - resident), 'B')} / {rate}"
         else:
-            what = f"{say(phase.flops, 'FLOP')} / {say(device.tensor_peak_flops_per_s(seen.dtype) or 0, 'FLOP/s')}"
+            what = f"{say(phase.flops, 'FLOP')} / {say(_peak(seen, device) or 0, 'FLOP/s')}"
         times = "" if phase.times == 1 else f"{phase.times:g} × "
         terms.append(f"{times}{phase.name} {say(seconds, 's')} ({what})")
     return " + ".join(terms)

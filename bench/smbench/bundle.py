@@ -15,32 +15,29 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
 from smbench import __version__, recipe, report, reproduce, runfolder
 from smbench.archive import CHUNK, Writer, unsafe
+from smbench.bag import bundle_name, info_of, manifest_of, tag_files
 from smbench.cell import Cell
 from smbench.errors import CorruptError, UsageError
 from smbench.identity import environment_id
-from smbench.machines import Machines
-from smbench.plan import slug
 from smbench.redaction import Personal, Redactor
-from smbench.result import FORMAT as RUN_FORMAT
-from smbench.result import Check, Environment, Measurement, Result, Selection, Session, Work
+from smbench.result import Check, Environment, Measurement, Result, Selection, Session, Status, Work
 from smbench.runfolder import Run
 from smbench.sources import KERNELS, kernel_files, kernels_sha256, renderer_id
 
-FORMAT = 1
-"""Version of the bundle. History: 1 = first."""
-REQUIRED = ("REPRODUCE.md", "plan.json", "recipe.toml", "report.html", "report.md", "results.jsonl", "run.json")
-FOLDERS = ("figures", "image", "logs", "native", "records", "sources")
-"""What a payload may hold besides REQUIRED."""
-BAGIT = b"BagIt-Version: 1.0\nTag-File-Character-Encoding: UTF-8\n"
 IMAGE_DIR = Path("/etc/smbench")
 SBOM = "sbom.json"
-_SCHEMA_WORDS = ["ok", "verified", "incorrect", "invalid", "unsupported", "oom", "timeout", "crashed", "skipped", "finished", "interrupted", "failed", "graph", "event", "wall", "cold", "warm", "none", "default", "tuned", "exact", "nearest", "given", "library", "result", "environment", "session", "smbench", "kernels", "float64", "float32", "float16", "bfloat16", "cuda", "cpu", "linux"]
+_SCHEMA_WORDS: tuple[str, ...] = (
+    *get_args(Status),
+    *("graph", "event", "wall", "cold", "warm", "finished", "interrupted", "failed"),
+    *("default", "tuned", "exact", "nearest", "given", "library", "smbench", "kernels", "cuda", "cpu"),
+    *("result", "environment", "session", "float16", "bfloat16", "float32", "float64"),
+)
 _MODELS: tuple[type[BaseModel], ...] = (
     *(recipe.Recipe, recipe.Profile, recipe.Grid, recipe.MeasureRow, recipe.ProviderRow, recipe.Estimate),
     *(Cell, Result, Environment, Session, Measurement, Check, Selection, Work),
@@ -113,42 +110,16 @@ def pack(
         stage.notes += [f"{name!r} is a word of this recipe and stays" for name in redactor.kept]
         staged = _fill(stage, run)
         entries = [_entry(stage, path) for path in sorted(_files(stage.folder), key=lambda p: _place(stage.folder, p))]
-        manifest = _lines((entry.sha256, f"data/{entry.name}") for entry in entries)
-        name = f"{slug(staged.recipe.name)}-{device_slug(staged)}-{hashlib.sha256(manifest).hexdigest()[:12]}"
+        manifest = manifest_of((entry.sha256, f"data/{entry.name}") for entry in entries)
+        name = bundle_name(staged, manifest)
         contents = Contents(name, entries, stage.notes, len(staged.cells), len(staged.results))
         if not approve(contents):
             return None
         target = _target(folder, out, name)
-        _write(target, name, stage.folder, entries, tag_files(staged, manifest, _oxum(entries)))
+        size_bytes = sum(entry.size_bytes for entry in entries)
+        info = info_of(staged, size_bytes, len(entries), __version__, renderer_id())
+        _write(target, name, stage.folder, entries, tag_files(info, manifest))
     return target, contents
-
-
-def tag_files(run: Run, manifest: bytes, oxum: str, agent: str = __version__, renderer: str = "") -> dict[str, bytes]:
-    """The files of a bag that are no payload, in the order in which they lie in the archive."""
-    info = {
-        "Bag-Software-Agent": f"smbench {agent}",
-        "Payload-Oxum": oxum,
-        "Smbench-Bundle-Format": str(FORMAT),
-        "Smbench-Run-Format": str(RUN_FORMAT),
-        "Smbench-Recipe": run.recipe.name,
-        "Smbench-Profile": run.profile_name,
-        "Smbench-Device": device_slug(run),
-        "Smbench-Renderer": renderer or renderer_id(),
-    }
-    files = {
-        "bagit.txt": BAGIT,
-        "bag-info.txt": "".join(f"{key}: {value}\n" for key, value in info.items()).encode(),
-        "manifest-sha256.txt": manifest,
-    }
-    tags = _lines((hashlib.sha256(data).hexdigest(), name) for name, data in files.items())
-    return {**files, "tagmanifest-sha256.txt": tags}
-
-
-def device_slug(run: Run) -> str:
-    """The devices of a run as part of a file name."""
-    names = sorted({slug(str(name)) if name else "cpu" for name in Machines(run.environments).gpu_names()})
-    safe = ["".join(char for char in name if char.isascii()) or "gpu" for name in names]
-    return safe[0][:60] if len(safe) == 1 else f"{len(safe)}-devices" if safe else "unmeasured"
 
 
 def _fill(stage: _Stage, run: Run) -> Run:
@@ -162,7 +133,7 @@ def _fill(stage: _Stage, run: Run) -> Run:
     staged = runfolder.load(stage.folder)
     _machinery(stage, staged)
     _report(stage, staged)
-    stage.write("REPRODUCE.md", reproduce.render(staged, (stage.folder / "recipe.toml").read_bytes()))
+    stage.write("REPRODUCE.md", reproduce.render(staged))
     torn = [path.name for path in sorted(stage.source.glob("results.torn-*.txt"))]
     stage.notes += [f"{name} is half a record and stays out" for name in torn] + list(run.warnings)
     return staged
@@ -206,9 +177,11 @@ def _redacted_lines(path: Path, redact: Redactor) -> Iterator[bytes]:
                 return
             before = json.loads(line)
             after = _redacted_record(before, redact, renamed)
-            yield line if after == before else (
-                json.dumps(after, ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n"
-            ).encode()
+            yield (
+                line
+                if after == before
+                else (json.dumps(after, ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n").encode()
+            )
 
 
 def _redacted_record(record: dict[str, Any], redact: Redactor, renamed: dict[str, str]) -> dict[str, Any]:
@@ -267,13 +240,11 @@ def _machinery(stage: _Stage, run: Run) -> None:
     elif run.environments:
         stage.notes.append(f"the sources of {KERNELS} here are not those that ran; they stay out")
     images = [entry.environment.get("image") or {} for entry in run.environments]
-    for image in images[:1]:
-        if image:
-            stage.write("image/image.json", (json.dumps(image, indent=1, sort_keys=True) + "\n").encode())
+    if images and images[0]:
+        stage.write("image/image.json", (json.dumps(images[0], indent=1, sort_keys=True) + "\n").encode())
     here, sbom = IMAGE_DIR / "image.json", IMAGE_DIR / SBOM
-    if images and images[0] and here.is_file() and sbom.is_file():
-        if json.loads(here.read_bytes()) == images[0]:
-            stage.counted(f"image/{SBOM}", lambda: stage.redactor.secrets(sbom.read_text(encoding="utf-8")).encode())
+    if images and images[0] and here.is_file() and sbom.is_file() and json.loads(here.read_bytes()) == images[0]:
+        stage.counted(f"image/{SBOM}", lambda: stage.redactor.secrets(sbom.read_text(encoding="utf-8")).encode())
 
 
 def _report(stage: _Stage, run: Run) -> None:
@@ -368,14 +339,6 @@ def _chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
             yield chunk
-
-
-def _lines(pairs: Any) -> bytes:
-    return "".join(f"{digest}  {name}\n" for digest, name in pairs).encode()
-
-
-def _oxum(entries: Sequence[Entry]) -> str:
-    return f"{sum(entry.size_bytes for entry in entries)}.{len(entries)}"
 
 
 def _first_difference(before: str, after: str) -> str:

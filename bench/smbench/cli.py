@@ -17,6 +17,7 @@ import typer
 
 if TYPE_CHECKING:
     from smbench.analysis import Analysis
+    from smbench.compare import Comparison, Side
     from smbench.plan import Plan
     from smbench.result import Status
 
@@ -106,37 +107,14 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Measure a recipe and write its report. The same command again goes on where it stopped."""
-    from smbench import runfolder, runner
     from smbench.plan import default_folder
-    from smbench.progress import Progress
 
     resolved = _resolve(recipe, profile, provider)
     folder = out or default_folder(resolved, _device_name(), Path.cwd())
     options = [option for name in provider or () for option in ("--provider", name)]
     command = ["smbench", "run", recipe, "--profile", resolved.profile_name, *options, "--out", _shown(folder)]
-    again = f"the same command goes on: {shlex.join(command)}"
-    signal.signal(signal.SIGTERM, _interrupt)
-    with runfolder.locked(folder):
-        done = runfolder.load(folder).results if (folder / "run.json").exists() else {}
-        try:
-            with Progress(resolved, done) as progress:
-                runner.run(resolved, folder, progress.advance, _warn)
-            analysis = _report(folder)
-        except KeyboardInterrupt as stop:
-            _stopped(stop, again)
-        except OSError as error:
-            advice = "free space, then " if error.errno in DISK_FULL else ""
-            _fail(f"{error.strerror}: {_shown(folder)}; every result so far is intact; {advice}{again}", 1)
-        except runner.WorkerCannotStart as error:
-            _fail(f"{error}\nfix: see {_shown(folder)}/logs and `smbench doctor`; {again}", 1)
-    counts = analysis.counts()
-    if as_json:
-        _print_json({"folder": str(folder), "counts": counts, "report": str(folder / "report.md")})
-    else:
-        _print(", ".join(f"{count} {status}" for status, count in counts.items()))
-        _print(f"report: {_shown(folder / 'report.md')}")
-    if any(counts.get(status) for status in FAILED):
-        raise typer.Exit(1)
+    analysis = _measure(resolved, folder, shlex.join(command))
+    _shown_report(folder, analysis, as_json)
 
 
 @app.command()
@@ -201,6 +179,85 @@ def report(
 
 
 @app.command()
+def compare(
+    sides: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B [C…]",
+            help="Run folders, bundles or published:NAME; repeats of one side are joined by commas, without a space.",
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Write compare.md, compare.json and compare.png there.")
+    ] = None,
+    margin: Annotated[str, typer.Option("--margin", help="Differences up to this are of no interest.")] = "2%",
+    fail_slower: Annotated[
+        str | None,
+        typer.Option("--fail-slower", help="Exit code 1 where a number is slower by more than this, e.g. 5%."),
+    ] = None,
+    match: Annotated[
+        list[str] | None,
+        typer.Option("--match", help="SERIES=PROVIDER: which published series is put against which provider."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put runs beside the first one: each number faster, slower, same or unclear, and what is not comparable."""
+    from smbench import sides as reading
+
+    within, limit = _fraction("--margin", margin), _fraction("--fail-slower", fail_slower or "0%")
+    loaded = reading.load(sides, _matches(match or []))
+    if len(loaded) < 2:
+        raise typer.BadParameter("name at least two sides", param_hint="A B")
+    comparisons = _compare(loaded, within, out, as_json)
+    beyond = [row for comparison in comparisons for row in comparison.slower_than(limit)] if fail_slower else []
+    for row in beyond[:20]:
+        _warn(f"slower by more than {fail_slower}: {row.cell.label()}, {row.measurement}: {row.ratio:.3f}")
+    if not any(comparison.rows for comparison in comparisons):
+        fields = {f"{e.field}: {e.a}, {e.b}" for comparison in comparisons for e in comparison.incomparable}
+        _fail(f"nothing is comparable; {'; '.join(sorted(fields)) or 'no cell has a number on both sides'}", 3)
+    if beyond:
+        _fail(f"{len(beyond)} numbers are slower by more than {fail_slower}", 1)
+
+
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(help="The new run folder.")],
+    folders: Annotated[list[Path], typer.Argument(help="Run folders of one recipe and profile.")],
+    as_json: AsJson = False,
+) -> None:
+    """Join run folders of one recipe (several stacks or machines) into a new one. Conflicts are refused and named."""
+    from smbench.merge import merge as join
+
+    join(out, folders)
+    _shown_report(out, _report(out), as_json)
+
+
+@app.command()
+def rerun(
+    source: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle or a run folder.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder (default runs/<bundle>-rerun).")] = None,
+    profile: Annotated[
+        str | None, typer.Option("--profile", help="Another profile of the same recipe, where its device is not here.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Repeat somebody's run here, recipe, profile and cells as they were, and compare. The same command goes on."""
+    from smbench import rerun as repeating
+    from smbench import runfolder
+    from smbench import sides as reading
+
+    theirs = reading.read(source)
+    resolved = repeating.plan_of(theirs, profile, _device_name() is not None)
+    folder = out or repeating.default_folder(source, Path.cwd())
+    options = ["--profile", profile] if profile else []
+    analysis = _measure(resolved, folder, shlex.join(["smbench", "rerun", str(source), *options, "--out", str(folder)]))
+    ours = reading.side_of([runfolder.load(folder)], folder.resolve().name)
+    # to standard output goes one document, and with --json that is the run's
+    _compare([reading.side_of([theirs], source.resolve().name), ours], _fraction("--margin", "2%"), folder / "compare")
+    _shown_report(folder, analysis, as_json)
+
+
+@app.command()
 def doctor(out: Folder = None, as_json: AsJson = False) -> None:
     """Is this machine fit for measuring: GPU, driver, clocks, other processes, disk, memory; each with a fix."""
     from smbench import doctor as checks
@@ -231,6 +288,80 @@ def _resolve(recipe_name: str, profile: str | None, providers: list[str] | None)
     path = recipe.find(recipe_name, resources.recipes_dir())
     loaded = recipe.load(path)
     return plans.make(loaded, path.read_bytes(), profile, _device_name() is not None, providers or ())
+
+
+def _measure(resolved: Plan, folder: Path, command: str) -> Analysis:
+    """Run a plan in a folder and render its report; `command` is what goes on where this one was stopped."""
+    from smbench import runfolder, runner
+    from smbench.progress import Progress
+
+    again = f"the same command goes on: {command}"
+    signal.signal(signal.SIGTERM, _interrupt)
+    with runfolder.locked(folder):
+        done = runfolder.load(folder).results if (folder / "run.json").exists() else {}
+        try:
+            with Progress(resolved, done) as progress:
+                runner.run(resolved, folder, progress.advance, _warn)
+            analysis = _report(folder)
+        except KeyboardInterrupt as stop:
+            _stopped(stop, again)
+        except OSError as error:
+            advice = "free space, then " if error.errno in DISK_FULL else ""
+            _fail(f"{error.strerror}: {_shown(folder)}; every result so far is intact; {advice}{again}", 1)
+        except runner.WorkerCannotStart as error:
+            _fail(f"{error}\nfix: see {_shown(folder)}/logs and `smbench doctor`; {again}", 1)
+    return analysis
+
+
+def _shown_report(folder: Path, analysis: Analysis, as_json: bool) -> None:
+    """Say how a run ended; exit code 1 where a cell was measured and failed."""
+    counts = analysis.counts()
+    if as_json:
+        _print_json({"folder": str(folder), "counts": counts, "report": str(folder / "report.md")})
+    else:
+        _print(", ".join(f"{count} {status}" for status, count in counts.items()))
+        _print(f"report: {_shown(folder / 'report.md')}")
+    if any(counts.get(status) for status in FAILED):
+        raise typer.Exit(1)
+
+
+def _compare(sides: list[Side], margin: float, out: Path | None, as_json: bool = False) -> list[Comparison]:
+    """Put all sides against the first one, and say or write what came out."""
+    from smbench import comparison as looks
+    from smbench.compare import compare as put_against
+
+    comparisons = [put_against(sides[0], side, margin) for side in sides[1:]]
+    if out is not None:
+        looks.write(comparisons, out)
+    if as_json:
+        _print_json(looks.as_json(comparisons))
+    elif out is None:
+        _print(looks.render(comparisons).rstrip("\n"))
+    else:
+        for side, compared in zip(sides[1:], comparisons, strict=True):
+            counts = ", ".join(f"{count} {verdict}" for verdict, count in compared.counts().items())
+            typer.echo(f"{side.name} against {sides[0].name}: {counts}", err=True)
+        typer.echo(f"comparison: {_shown(out / 'compare.md')}", err=True)
+    return comparisons
+
+
+def _matches(options: list[str]) -> dict[str, str]:
+    pairs = [option.partition("=") for option in options]
+    for series, _, provider in pairs:
+        if not (series and provider):
+            raise typer.BadParameter("give SERIES=PROVIDER", param_hint="--match")
+    return {series: provider for series, _, provider in pairs}
+
+
+def _fraction(option: str, text: str) -> float:
+    """A share that was given as per cent, `5%`, or as a fraction, `0.05`."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise typer.BadParameter(f"{text!r} is neither a percentage such as 5% nor a fraction", param_hint=option)
+    return value
 
 
 def _report(folder: Path) -> Analysis:

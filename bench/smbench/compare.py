@@ -1,6 +1,6 @@
 """Two sets of results side by side: what of them is comparable, and everything that a comparison shows. Pure.
 
-Owns the rules of comparability. Does not own verdicts (`verdicts`), where results come from (`sources`), nor how a
+Owns the rules of comparability. Does not own verdicts (`verdicts`), where results come from (`sides`), nor how a
 comparison looks (`comparison`).
 """
 

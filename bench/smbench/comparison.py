@@ -17,7 +17,7 @@ from smbench.formats import quantity
 from smbench.metrics import METRICS
 from smbench.result import Status
 from smbench.stats import CONFIDENCE
-from smbench.verdicts import SAME_FACTOR, VERDICTS, Row
+from smbench.verdicts import NOISE_LIMIT_FACTOR, SAME_FACTOR, VERDICTS, Row
 
 FORMAT = 1
 """Version of compare.json. History: 1 = first."""
@@ -57,6 +57,7 @@ def render(comparisons: Sequence[Comparison], figure: str | None = None) -> str:
         worst=_worst,
         missing=_missing,
         shown=SHOWN,
+        noise_limit_factor=NOISE_LIMIT_FACTOR,
         same_factor=SAME_FACTOR,
         verdicts=VERDICTS,
         confidence=CONFIDENCE,

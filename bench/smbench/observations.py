@@ -5,6 +5,7 @@ Owns this common form. Owns no rule: those are in the audit modules.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -49,6 +50,7 @@ class Observation:
     work: tuple[PhaseWork, ...] = ()
     """The least that it needs; empty where nothing is known."""
     dtype: str = ""
+    accumulate: str = "float32"
 
     @property
     def shown(self) -> str:
@@ -65,7 +67,6 @@ class Observation:
 class Gap:
     """Cells of a table that should have a number and have none."""
 
-    table: int
     where: str
     reason: str
     count: int
@@ -104,7 +105,7 @@ def of_published(name: str, published: Published, device: Device | None) -> Data
     gaps: list[Gap] = []
     for i, table in enumerate(published.table):
         observations += _of_table(published, i, table)
-        gaps += _gaps(published, i, table)
+        gaps += _gaps(published, table)
     return Dataset(
         name,
         published.title,
@@ -123,11 +124,12 @@ def of_analysis(name: str, analysis: Analysis, device_name: str) -> Dataset:
     tables: dict[tuple[str, str], int] = {}
     columns = {provider: i for i, provider in enumerate(analysis.profile.providers)}
     caches: Mapping[str, Cache] = {m.name: m.l2 if m.l2 != "none" else "unknown" for m in analysis.profile.measure}
-    observations = []
-    missing: dict[tuple[str, str], list[bool]] = {}
+    observations: list[Observation] = []
+    missing: Counter[tuple[str, str]] = Counter()
     for row in analysis.rows:
         work = row.result.work if row.result else None
-        missing.setdefault((row.cell.subject, row.status), []).append(not row.summaries)
+        if not row.summaries and row.status != "verified":
+            missing[row.cell.subject, row.status] += 1
         for measure, summary in row.summaries.items():
             table = tables.setdefault((row.cell.subject, measure), len(tables))
             observations.append(
@@ -147,11 +149,9 @@ def of_analysis(name: str, analysis: Analysis, device_name: str) -> Dataset:
                     dtype=str(row.cell.axes.get("dtype", "")),
                 )
             )
-    total = len(analysis.rows)
     gaps = [
-        Gap(0, f"{subject}", f"status {status}", sum(flags), total)
-        for (subject, status), flags in missing.items()
-        if any(flags) and status != "verified"
+        Gap(subject, f"status {status}", count, sum(r.cell.subject == subject for r in analysis.rows))
+        for (subject, status), count in missing.items()
     ]
     names = [f"{subject}, measure {measure}" for subject, measure in tables]
     return Dataset(name, analysis.recipe.title, device_name, analysis.device, True, names, observations, gaps, None)
@@ -217,14 +217,15 @@ def _of_table(published: Published, index: int, table: PublishedTable) -> Iterat
                 l2=l2,
                 work=phases_at(work, numbers_at(published.numbers, at)) if work else (),
                 dtype=work.dtype if work else "",
+                accumulate=work.accumulate if work else "float32",
             )
 
 
-def _gaps(published: Published, index: int, table: PublishedTable) -> Iterator[Gap]:
+def _gaps(published: Published, table: PublishedTable) -> Iterator[Gap]:
     for j, column in enumerate(table.columns):
         entries = [row[len(table.axes) + j] for row in table.rows]
         for name, missing in published.missing.items():
             count = entries.count(name)
             if count and missing.kind == "unmeasured":
-                where = coordinates(column.at.items()) or column.metric
-                yield Gap(index, where, missing.reason, count, len(entries))
+                where = f"{table.name}, {coordinates(column.at.items()) or column.metric}"
+                yield Gap(where, missing.reason, count, len(entries))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, StrictFloat, StrictInt, model_validator
 
@@ -42,6 +42,8 @@ class WorkRow(Table):
     """The metric whose time the work takes."""
     dtype: str
     """Precision of the matrix products, as in docker/archs.toml."""
+    accumulate: Literal["float32", "float16"] = "float32"
+    """Precision of their sums: some cards have a higher peak, or one that is not known, for float16."""
     phases: Annotated[list[Phase], Field(min_length=1)]
 
 

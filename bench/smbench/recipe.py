@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,10 @@ from smbench.errors import CorruptError, UsageError
 
 FORMAT = 1
 """Version of the recipe format. History: 1 = first."""
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=60)]
+"""A name that a shell, a file system and a table take as it is."""
 
 
 class Table(BaseModel):
@@ -121,7 +126,7 @@ class Recipe(Table):
     """A whole recipe file."""
 
     format: int
-    name: str
+    name: Name
     title: str
     document: str
     """Number of the published document that it repeats."""
@@ -139,8 +144,8 @@ class Recipe(Table):
     """Files in `recipes/published/` that the report shows beside the measured numbers."""
     values: dict[str, Annotated[list[AxisValue], Field(min_length=1), BeforeValidator(_axis_values)]] = {}
     """Named lists of axis values."""
-    providers: Annotated[dict[str, ProviderRow], Field(min_length=1)]
-    profile: Annotated[dict[str, Profile], Field(min_length=1)]
+    providers: Annotated[dict[Name, ProviderRow], Field(min_length=1)]
+    profile: Annotated[dict[Name, Profile], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
@@ -165,6 +170,15 @@ class Recipe(Table):
         measures = {measure.name: measure for profile in self.profile.values() for measure in profile.measure}
         _require(self.headline, measures, "headline", "measure")
         return self
+
+    def size(self, profile: str) -> int:
+        """Most cells that a profile can have, without making one."""
+        chosen = self.profile[profile]
+        lengths = [
+            [len(grid.ops), *(len(self.values[v] if isinstance(v, str) else v) for v in grid.axes.values())]
+            for grid in chosen.grid
+        ]
+        return len(chosen.providers) * sum(math.prod(row) for row in lengths)
 
     def cells(self, profile: str) -> list[Cell]:
         """Every cell of a profile: points in the order of the file, the providers of a point side by side."""

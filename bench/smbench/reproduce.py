@@ -35,13 +35,13 @@ class Facts:
     reached: int
 
 
-def render(run: Run, recipe_text: bytes) -> bytes:
+def render(run: Run) -> bytes:
     """The bytes of REPRODUCE.md. Equal runs give equal bytes."""
-    text: str = markdown_templates().get_template(TEMPLATE).render(facts=_facts(run, recipe_text))
+    text: str = markdown_templates().get_template(TEMPLATE).render(facts=_facts(run))
     return (text.rstrip("\n") + "\n").encode()
 
 
-def _facts(run: Run, recipe_text: bytes) -> Facts:
+def _facts(run: Run) -> Facts:
     machines = Machines(run.environments)
     sources = [entry.environment.get("source") or {} for entry in run.environments]
     chosen = list(dict.fromkeys(cell.provider for cell in run.cells))
@@ -49,7 +49,7 @@ def _facts(run: Run, recipe_text: bytes) -> Facts:
     return Facts(
         recipe=run.recipe.name,
         profile=run.profile_name,
-        recipe_sha256=hashlib.sha256(recipe_text).hexdigest(),
+        recipe_sha256=hashlib.sha256(run.recipe_text).hexdigest(),
         providers=None if whole else chosen,
         devices=machines.names() or [UNKNOWN],
         commits=list(dict.fromkeys(str(source["commit"]) for source in sources if source.get("commit"))),

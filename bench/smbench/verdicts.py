@@ -21,7 +21,9 @@ VERDICTS: tuple[Verdict, ...] = ("slower", "faster", "same", "unclear")
 MARGIN = 0.02
 """Differences up to this are of no interest."""
 SAME_FACTOR = 2.5
-"""Where a difference of more margins than this cannot be excluded, nothing is called the same."""
+"""An interval that reaches farther than so many margins is not called the same."""
+NOISE_LIMIT_FACTOR = 5.0
+"""Nor is anything where noise explains more than so many margins: it could hide as much."""
 SCATTER_FACTOR = 2.0
 """Standard deviations of single samples that a difference between two runs must exceed."""
 NOISE_FACTOR = 3.0
@@ -187,16 +189,17 @@ def judge(ratio: float, low: float, high: float, floor: float, margin: float) ->
     """The verdict on a log ratio with its interval, and the tolerance that it is held against, a log ratio too.
 
     The tolerance is the margin, or what noise explains (`floor`) where that is more. An interval wholly beyond it is
-    slower or faster. A ratio within it is the same if its interval, and what noise explains, leave no room for a
-    difference that matters.
+    slower or faster. A ratio within it is the same, if neither the interval nor the noise leave room for a difference
+    that matters.
     """
     tolerance = max(math.log1p(margin), floor)
     if low > tolerance:
         return "slower", tolerance
     if high < -tolerance:
         return "faster", tolerance
-    limit = math.log1p(SAME_FACTOR * margin)
-    return ("same" if max(tolerance / 2, -low, high) <= limit and abs(ratio) <= tolerance else "unclear"), tolerance
+    bounded = max(-low, high) <= math.log1p(SAME_FACTOR * margin)
+    quiet = tolerance <= math.log1p(NOISE_LIMIT_FACTOR * margin)
+    return ("same" if bounded and quiet and abs(ratio) <= tolerance else "unclear"), tolerance
 
 
 def shifts_of(rows: Sequence[Row], margin: float) -> list[Shift]:
