@@ -102,6 +102,10 @@ class Analysis:
 
     def subjects(self) -> list[str]:
         """The operations, in plan order."""
+        return list(self._subjects)
+
+    @cached_property
+    def _subjects(self) -> Sequence[str]:
         return list(dict.fromkeys(row.cell.subject for row in self.rows))
 
     def counts(self) -> Mapping[Status, int]:
@@ -170,6 +174,10 @@ class Analysis:
 
         Keys: wall, kernels, compile, start, inputs, check, capture, other. `other` is what no phase accounts for.
         """
+        return self._time_split
+
+    @cached_property
+    def _time_split(self) -> Mapping[str, float]:
         measured = [row.result for row in self.rows if row.result]
         phase = {
             name: sum(result.phases_s.get(name, 0.0) for result in measured)

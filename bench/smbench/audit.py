@@ -6,7 +6,7 @@ changes no number: it says what was found, with its arithmetic, and what to do a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from smbench import audit_bounds, audit_patterns, audit_statements
 from smbench.guards import Finding
@@ -38,6 +38,6 @@ def examine(dataset: Dataset) -> list[Finding]:
     return [finding for rule in RULES.values() for finding in rule(dataset)]
 
 
-def refuted(findings: list[Finding]) -> bool:
+def refuted(findings: Sequence[Finding]) -> bool:
     """Whether any number or claim cannot be true."""
     return any(finding.severity == "refuted" for finding in findings)

@@ -104,16 +104,15 @@ def one_configuration(dataset: Dataset) -> Iterator[Finding]:
 
 def sensitivity(dataset: Dataset) -> Iterator[Finding]:
     """A time that stays while the work behind it grows: something of the input is not used."""
-    for table in grouped(dataset.observations, lambda seen: seen.table):
-        if not all(seen.work for seen in table):
+    for column in dataset.series():
+        if not all(seen.work for seen in column):
             continue
-        for axis in _numeric_axes(table):
-            groups = grouped(table, lambda seen, a=axis: (seen.column, without(seen.row, a)))  # type: ignore[misc]
+        for axis in _numeric_axes(column):
+            groups = grouped(column, lambda seen, a=axis: without(seen.row, a))  # type: ignore[misc]
             pairs = [pair for group in groups if (pair := _grown(group, axis, dataset))]
             flat = [pair for pair in pairs if _is_flat(*pair)]
-            if len(pairs) < 2 or len(flat) < len(pairs):
-                continue
-            yield _ignored(dataset, axis, flat)
+            if len(pairs) >= 2 and len(flat) == len(pairs):
+                yield _ignored(dataset, axis, flat)
 
 
 def _ignored(dataset: Dataset, axis: str, flat: Sequence[tuple[Observation, Observation]]) -> Finding:
@@ -125,7 +124,7 @@ def _ignored(dataset: Dataset, axis: str, flat: Sequence[tuple[Observation, Obse
     return Finding(
         "sensitivity",
         "refuted" if known and dataset.certain else "warning",
-        f"{dataset.table_name(low.table)}: the time does not depend on {axis}: at {others} it is {low.shown} for "
+        f"{_series_name(dataset, low)}: the time does not depend on {axis}: at {others} it is {low.shown} for "
         f"{axis}={low.row[axis]} and {high.shown} for {axis}={high.row[axis]}, while the work grows from {work}{added}"
         f"; so in all {len(flat)} groups where the work grows enough to be seen",
         f"part of the input is ignored: assert that the output changes with {axis}, then measure again",
@@ -273,6 +272,13 @@ def _numeric_axes(seen: Sequence[Observation]) -> list[str]:
     names = dict.fromkeys(name for entry in seen for name in entry.row)
     values = {name: {entry.row.get(name) for entry in seen} for name in names}
     return [name for name, found in values.items() if len(found) > 1 and all(isinstance(v, int) for v in found)]
+
+
+def _series_name(dataset: Dataset, seen: Observation) -> str:
+    """The table, and what its column adds."""
+    columns = {other.column for other in dataset.observations if other.table == seen.table}
+    own = [(name, value) for name, value in seen.at.items() if name == "provider" and len(columns) > 1]
+    return ", ".join([dataset.table_name(seen.table), *([coordinates(own)] if own else [])])
 
 
 def _grown(group: Sequence[Observation], axis: str, dataset: Dataset) -> tuple[Observation, Observation] | None:

@@ -252,14 +252,13 @@ def _report(stage: _Stage, run: Run) -> None:
     document = report.document_of(report.analysis_of(run))
     places = [f"figures/{plot.file}" for plot in document.plots()]
     old = stage.source / "report.md"
-    fresh = old.is_file() and old.read_bytes() == report.render_text(document, run).encode()
-    if fresh and all((stage.source / place).is_file() for place in places):
-        drawn = {place: (stage.source / place).read_bytes() for place in places}
-    else:
+    drawn = {place: (stage.source / place).read_bytes() for place in places if (stage.source / place).is_file()}
+    files = report.written(document, run, drawn)
+    if drawn.keys() != set(places) or not old.is_file() or old.read_bytes() != files["report.md"]:
         drawn = report.draw(document)
-        if places:
-            stage.notes.append("the report was rendered again for the bundle")
-    for place, data in {**drawn, **report.written(document, run, drawn)}.items():
+        files = report.written(document, run, drawn)
+        stage.notes.append("the report was rendered again for the bundle")
+    for place, data in {**drawn, **files}.items():
         stage.write(place, data)
 
 

@@ -31,9 +31,11 @@ class Cell(BaseModel):
     @cached_property
     def cell_id(self) -> str:
         """First 16 hex digits of the SHA-256 of the cell's canonical JSON: equal cells compute the same thing."""
-        return short_hash(self.model_dump())
+        # not model_dump, which takes longer than all else here
+        fields = (self.kind, self.subject, self.provider, dict(self.axes), self.seed)
+        return short_hash(dict(zip(Cell.model_fields, fields, strict=True)))
 
-    @property
+    @cached_property
     def point(self) -> tuple[str, tuple[tuple[str, AxisValue], ...]]:
         """The operation and its axes without the provider: cells of one point are compared with each other."""
         return self.subject, tuple(sorted(self.axes.items()))

@@ -167,15 +167,54 @@ def tune(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="A run folder.")],
+    folder: Annotated[Path | None, typer.Argument(help="A run folder.")] = None,
+    published: Annotated[
+        str | None, typer.Option("--published", metavar="NAME", help="Print a document's own tables instead.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Render the report of a run folder again."""
-    analysis = _report(folder)
+    """Render the report of a run folder again, or print published numbers in the tables of their document."""
+    from smbench.errors import UsageError
+
+    if (folder is None) == (published is None):
+        raise UsageError("give a run folder, or --published NAME")
+    if published is not None:
+        from smbench import published_report
+
+        numbers = published_report.load(published)
+        if as_json:
+            _print_json(published_report.as_json(published, numbers))
+        else:
+            _print(published_report.render(numbers).rstrip("\n"))
+    elif folder is not None:
+        analysis = _report(folder)
+        if as_json:
+            _print_json({"folder": str(folder), "counts": analysis.counts(), "report": str(folder / "report.md")})
+        else:
+            _print(f"report: {_shown(folder / 'report.md')}")
+
+
+@app.command()
+def audit(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME…|RUN…]", help="Names of published numbers, run folders or bundles."),
+    ] = None,
+    published: Annotated[
+        bool, typer.Option("--published", help="Names are of published numbers; without a name: all of them.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check published or measured numbers for what cannot be true; each finding shows its arithmetic."""
+    from smbench import audit_report
+
+    audited = audit_report.examine(names or (), published)
     if as_json:
-        _print_json({"folder": str(folder), "counts": analysis.counts(), "report": str(folder / "report.md")})
+        _print_json(audit_report.as_json(audited))
     else:
-        _print(f"report: {_shown(folder / 'report.md')}")
+        _print(audit_report.render(audited).rstrip("\n"))
+    if audit_report.refuted(audited):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from smbench.cell import Cell
+from smbench.guards import leaves_of
 from smbench.result import Environment, Status
 from smbench.stats import geometric_mean
 from smbench.verdicts import (
@@ -142,11 +143,12 @@ class Comparison:
         return sorted(beyond, key=lambda row: -row.ratio)
 
     def differences(self) -> list[Difference]:
-        """The facts that differ between the environments, by their path."""
+        """The facts that differ between the environments, by path; beside published numbers, those that they state."""
         a, b = (_facts(side.environments) for side in (self.a, self.b))
+        stated = [facts for side, facts in ((self.a, a), (self.b, b)) if side.kind == "published"] or [{**a, **b}]
         return [
             Difference(fact, tuple(a.get(fact, {}).values()), tuple(b.get(fact, {}).values()))
-            for fact in sorted({*a, *b})
+            for fact in sorted({fact for facts in stated for fact in facts})
             if a.get(fact, {}).keys() != b.get(fact, {}).keys()
         ]
 
@@ -182,7 +184,7 @@ def compare(a: Side, b: Side, margin: float = MARGIN) -> Comparison:
         len(only_a),
         len(only_b),
         noise,
-        shifts_of(rows, margin),
+        shifts_of(rows) if a.devices == b.devices else [],
     )
 
 
@@ -238,16 +240,7 @@ def _facts(environments: Iterable[Environment]) -> dict[str, dict[str, object]]:
     """Every fact by its path, with its distinct values by how they read."""
     found: dict[str, dict[str, object]] = {}
     for environment in environments:
-        for path, value in _leaves(environment.environment):
+        for path, value in leaves_of(environment.environment):
             if path not in ("format", "missing"):
                 found.setdefault(path, {})[str(value)] = value
     return found
-
-
-def _leaves(tree: Mapping[str, object], path: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in tree.items():
-        here = f"{path}.{key}" if path else str(key)
-        if isinstance(value, Mapping):
-            yield from _leaves(value, here)
-        else:
-            yield here, value

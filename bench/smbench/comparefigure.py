@@ -21,9 +21,12 @@ from smbench.verdicts import VERDICTS, Row, Verdict
 COLORS: Mapping[Verdict, str] = {"slower": "#b2182b", "faster": "#2166ac", "same": "#4d9a57", "unclear": "#999999"}
 LEAST_SPAN = 1.15
 """The ratio axis spans at least this factor either way, so that noise does not look like an effect."""
-TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 0.9, 0.95, 1, 1.05, 1.1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100)
-FEWEST_TICKS_FACTOR = 2.0
-"""Beyond this span the ticks close to 1 would print over each other and are left out."""
+FINE = (1.05, 1.1, 1.25, 1.5, 2, 3, 5)
+TICKS = sorted(
+    {1.0, *(side for tick in (*FINE, *(10.0**k for k in range(1, 7))) for side in (tick, round(1 / tick, 6)))}
+)
+LEAST_TICK_SHARE = 0.09
+"""Ticks of the ratio axis are at least this share of it apart."""
 
 
 def draw(comparisons: Sequence[Comparison]) -> bytes:
@@ -66,18 +69,19 @@ def _ratios(panel: Panel, rows: Sequence[Row], margin: float) -> None:
         panel.plot(ranks, ratio, color=COLORS[verdict], linestyle="none", marker=".", markersize=size)
     panel.axhspan(1 / (1 + margin), 1 + margin, color="#cccccc", alpha=0.4, linewidth=0)
     panel.axhline(1, color="#444444", linewidth=0.8)
-    farthest = max(max(row.ratio, 1 / row.ratio) for row in ranked)
     below = max(LEAST_SPAN, 1.05 / ranked[0].ratio)
     above = max(LEAST_SPAN, 1.05 * ranked[-1].ratio)
     panel.set_yscale("log")
     panel.set_ylim(1 / below, above)
-    near = 1 if farthest < FEWEST_TICKS_FACTOR else 1.2 if farthest < FEWEST_TICKS_FACTOR**3 else 1.9
-    ticks = [
-        tick for tick in TICKS if 1 / below <= tick <= above and (tick == 1 or abs(math.log(tick)) > math.log(near))
-    ]
+    apart = LEAST_TICK_SHARE * math.log(below * above)
+    ticks: list[float] = []
+    # from 1 outwards, so that 1 always has its tick
+    for tick in sorted(TICKS, key=lambda tick: abs(math.log(tick))):
+        if 1 / below <= tick <= above and all(abs(math.log(tick / other)) >= apart for other in ticks):
+            ticks.append(tick)
     panel.yaxis.set_major_locator(FixedLocator(ticks))
     panel.yaxis.set_minor_locator(NullLocator())
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}×" if value < 100 else f"{value:.0f}×"))
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set_xlim(0, len(ranked) + 1)
     panel.set_xlabel("cells, by ratio")

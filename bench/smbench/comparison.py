@@ -12,8 +12,9 @@ from typing import Any
 from markupsafe import Markup
 
 from smbench import __version__, report
+from smbench.cell import AxisValue, Cell
 from smbench.compare import Comparison, OneSided, Side
-from smbench.formats import quantity
+from smbench.formats import percent, quantity
 from smbench.metrics import METRICS
 from smbench.result import Status
 from smbench.stats import CONFIDENCE
@@ -49,11 +50,14 @@ def render(comparisons: Sequence[Comparison], figure: str | None = None) -> str:
     environment.filters["amount"] = amount
     environment.filters["factor"] = factor
     environment.filters["fact"] = fact
+    environment.filters["tolerance"] = tolerance
     text = environment.get_template(TEMPLATE).render(
         comparisons=comparisons,
         letters=LETTERS,
         sides=[comparisons[0].a, *(comparison.b for comparison in comparisons)],
         timed=_timed,
+        common=_common,
+        label=_label,
         worst=_worst,
         missing=_missing,
         shown=SHOWN,
@@ -88,7 +92,12 @@ def amount(value: float, metric: str) -> Markup:
 
 def factor(ratio: float) -> Markup:
     """A ratio to a thousandth, as small differences are what a comparison is about."""
-    return Markup(f"{ratio:.3f}" if ratio < 10 else f"{ratio:.4g}")
+    return Markup(f"{ratio:.3f}" if 0.1 <= ratio < 10 else f"{ratio:.4g}")
+
+
+def tolerance(share: float) -> Markup:
+    """What noise explains, as per cent; beyond a factor of two no figure helps."""
+    return percent(share) if share < 1 else Markup("> 100 %")
 
 
 def fact(values: Sequence[object], name: str) -> Markup:
@@ -119,7 +128,13 @@ def _comparison(comparison: Comparison) -> dict[str, Any]:
             for noise in comparison.noise
         ],
         "shifts": [
-            {"measurement": shift.measurement, "ratio": shift.ratio, "cells": shift.cells, "of": shift.of}
+            {
+                "measurement": shift.measurement,
+                "verdict": shift.verdict,
+                "cells": shift.cells,
+                "of": shift.of,
+                "geomean_ratio": shift.geomean_ratio,
+            }
             for shift in comparison.shifts
         ],
         "groups": [
@@ -173,6 +188,20 @@ def _row(row: Row) -> dict[str, Any]:
 
 def _timed(side: Side) -> int:
     return sum(bool(entry.timings) for entry in side.entries.values())
+
+
+def _common(comparison: Comparison) -> Mapping[str, AxisValue]:
+    """The axes that have one value in all compared cells, which no table needs to repeat."""
+    axes: dict[str, set[AxisValue]] = {}
+    for row in comparison.rows:
+        for name, value in row.cell.axes.items():
+            axes.setdefault(name, set()).add(value)
+    return {name: next(iter(values)) for name, values in axes.items() if len(values) == 1}
+
+
+def _label(cell: Cell, common: Mapping[str, AxisValue]) -> str:
+    axes = " ".join(f"{name}={value}" for name, value in cell.axes.items() if name not in common)
+    return f"{cell.subject}/{cell.provider} {axes}"
 
 
 def _worst(comparison: Comparison, verdict: str) -> list[Row]:

@@ -15,6 +15,8 @@ from markupsafe import Markup
 
 LONGEST = 300
 """Characters of a foreign string that a report shows; the whole string is in results.jsonl."""
+LONGEST_WHOLE = 5000
+"""The same for a sentence whose end matters."""
 DASH = Markup("—")
 """What stands where a number is missing."""
 
@@ -26,15 +28,20 @@ _UNDERSCORE = re.compile(r"(?<![^\W_])_|_(?![^\W_])")
 _BLOCK_START = re.compile(r"^( ?)(\d*)(?=(?:#{1,6}|[+-]|(?<=\d)[.)])(?: |$)|(?:-{2,}|=+) *$)")
 
 
-def escape(text: str) -> Markup:
-    """Foreign text as one line of literal Markdown, shortened to LONGEST characters."""
+def escape(text: str, longest: int = LONGEST) -> Markup:
+    """Foreign text as one line of literal Markdown, shortened to `longest` characters."""
     kept = "".join(" " if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") else char for char in text)
     line = re.sub(r"\s+", " ", kept)
-    if len(line) > LONGEST:
-        line = f"{line[:LONGEST]}… ({len(line) - LONGEST} more characters)"
+    if len(line) > longest:
+        line = f"{line[:longest]}… ({len(line) - longest} more characters)"
     line = "".join(_ENTITIES.get(char, char) for char in _SPECIAL.sub(r"\\\1", line))
     line = _UNDERSCORE.sub(r"\\_", line)
     return Markup(_BLOCK_START.sub(r"\1\2\\", line))
+
+
+def whole(text: str) -> Markup:
+    """A sentence of an audit or of a data file, whose arithmetic must not be cut, as one line of literal Markdown."""
+    return escape(text, LONGEST_WHOLE)
 
 
 def finalize(value: Any) -> Markup | Any:
@@ -155,5 +162,6 @@ FILTERS: Mapping[str, Callable[..., Markup]] = {
     "listing": listing,
     "quantity": quantity,
     "label": label,
+    "whole": whole,
 }
 """The filters that templates may use beside Jinja's own."""

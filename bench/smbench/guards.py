@@ -272,7 +272,7 @@ def _clocks(result: Result) -> Sequence[float]:
 
 def _differences(environments: Sequence[Environment]) -> list[str]:
     """`key: a | b` for every leaf that is not the same in all environments."""
-    leaves = [dict(_leaves(entry.environment)) for entry in environments]
+    leaves = [dict(leaves_of(entry.environment)) for entry in environments]
     keys = sorted({key for leaf in leaves for key in leaf})
     return [
         f"{key}: " + " | ".join(str(leaf.get(key, "absent")) for leaf in leaves)
@@ -281,9 +281,10 @@ def _differences(environments: Sequence[Environment]) -> list[str]:
     ]
 
 
-def _leaves(tree: object, path: str = "") -> Iterator[tuple[str, object]]:
+def leaves_of(tree: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """Every value of a tree of mappings that is none itself, with the keys that lead to it, joined by dots."""
     if isinstance(tree, Mapping):
         for key, value in tree.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+            yield from leaves_of(value, f"{path}.{key}" if path else str(key))
     else:
         yield path, tree

@@ -183,14 +183,15 @@ class Recipe(Table):
     def cells(self, profile: str) -> list[Cell]:
         """Every cell of a profile: points in the order of the file, the providers of a point side by side."""
         chosen = self.profile[profile]
-        found: dict[str, Cell] = {}
+        # by content: hashing thousands of cells takes longer than making them
+        found: dict[object, Cell] = {}
         for grid in chosen.grid:
             axes = [self.values[values] if isinstance(values, str) else values for values in grid.axes.values()]
             for op, *values in itertools.product(grid.ops, *axes):
                 point = dict(zip(grid.axes, values, strict=True))
                 for provider in chosen.providers:
                     cell = Cell(kind=self.kind, subject=op, provider=provider, axes=point, seed=self.seed)
-                    found.setdefault(cell.cell_id, cell)
+                    found.setdefault((provider, cell.point), cell)
         return list(found.values())
 
 

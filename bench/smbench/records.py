@@ -61,9 +61,12 @@ def records(analysis: Analysis) -> dict[str, Series]:
 
 
 def dump(series: Series) -> bytes:
-    """The bytes of a record file."""
-    content = {name: [entry.model_dump() for entry in entries] for name, entries in series.items()}
-    return (json.dumps(content, indent=1) + "\n").encode()
+    """The bytes of a record file, one number a line."""
+    lists = [
+        f"{json.dumps(name)}: [\n  " + ",\n  ".join(json.dumps(vars(entry)) for entry in entries) + "\n ]"
+        for name, entries in series.items()
+    ]
+    return ("{\n " + ",\n ".join(lists) + "\n}\n").encode()
 
 
 def load(path: Path) -> dict[str, list[Entry]]:

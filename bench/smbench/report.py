@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -69,9 +69,10 @@ def written(document: Any, run: Run, figures: Mapping[str, bytes]) -> dict[str, 
     `figures` are the figures by their places; the page holds them.
     """
     analysis: Analysis = document.view.analysis
-    text = render_text(document, run)
+    series = records.records(analysis)
+    text = render_text(document, run, list(series))
     return {
-        **{f"records/{name}": records.dump(series) for name, series in records.records(analysis).items()},
+        **{f"records/{name}": records.dump(content) for name, content in series.items()},
         "report.html": render_page(text, analysis.recipe.title, figures).encode(),
         "report.md": text.encode(),
     }
@@ -111,8 +112,8 @@ def published_numbers(recipe: Recipe) -> Published | None:
     return next((published.load(published.find(name, folder)) for name in recipe.published), None)
 
 
-def render_text(document: Any, run: Run) -> str:
-    """The Markdown of a report."""
+def render_text(document: Any, run: Run, record_files: Sequence[str]) -> str:
+    """The Markdown of a report. `record_files` are the names that it gives of the files in `records/`."""
     view = cast(View, document.view)
     analysis = view.analysis
     template = markdown_templates().get_template(analysis.recipe.template)
@@ -125,7 +126,7 @@ def render_text(document: Any, run: Run) -> str:
         profile=analysis.profile,
         published=document.published,
         plots=plots,
-        records=list(records.records(analysis)),
+        records=record_files,
         warnings=run.warnings,
         smbench_version=run.smbench_version,
         guards=list(GUARDS),

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from smbench import published, report, resources, runfolder
+from smbench import published, report, resources, runfolder, verify
 from smbench.cell import Cell
 from smbench.compare import Entry, Side
 from smbench.errors import UsageError
@@ -39,13 +39,11 @@ def load(arguments: Sequence[str], matches: Mapping[str, str]) -> list[Side]:
 
 
 def read(path: Path) -> Run:
-    """The run in a folder or in a bundle."""
+    """The run in a folder, or in a bundle, which is verified first: CorruptError where it is not what it says."""
     if path.is_dir():
         return runfolder.load(path)
     if path.is_file():
-        from smbench import bundle
-
-        return bundle.read(path)
+        return verify.verify(path, keep_samples=True).run
     raise UsageError(f"{path} is neither a run folder nor a bundle; published numbers are named {PUBLISHED}<name>")
 
 

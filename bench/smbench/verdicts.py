@@ -14,6 +14,7 @@ from typing import Literal
 from smbench import ratios
 from smbench.cell import AxisValue, Cell
 from smbench.metrics import METRICS
+from smbench.stats import geometric_mean
 
 Verdict = Literal["faster", "slower", "same", "unclear"]
 
@@ -29,9 +30,9 @@ SCATTER_FACTOR = 2.0
 NOISE_FACTOR = 3.0
 """Standard deviations of the noise between runs that a difference must exceed."""
 SHIFT_SHARE = 0.8
-"""So large a share of cells that moved by one factor is reported as a shift of the whole machine."""
+"""So large a share of cells with one verdict, slower or faster, is reported as a shift."""
 SHIFT_CELLS = 8
-"""Fewer cells than this cannot show such a shift."""
+"""Fewer cells than this cannot show one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +87,13 @@ class Noise:
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """Almost all cells moved by one factor, which is rarely what a change of a program does."""
+    """Almost all cells moved one way on the same kind of device, which is rarely what a change of a program does."""
 
     measurement: str
-    ratio: float
+    verdict: Verdict
     cells: int
     of: int
+    geomean_ratio: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,15 +204,14 @@ def judge(ratio: float, low: float, high: float, floor: float, margin: float) ->
     return ("same" if bounded and quiet and abs(ratio) <= tolerance else "unclear"), tolerance
 
 
-def shifts_of(rows: Sequence[Row], margin: float) -> list[Shift]:
-    """Measurements of which almost all cells moved by about the same factor, beyond the margin."""
+def shifts_of(rows: Sequence[Row]) -> list[Shift]:
+    """Measurements of which almost all cells have one verdict, slower or faster."""
     found = []
     for name in dict.fromkeys(row.measurement for row in rows):
         members = [row for row in rows if row.measurement == name]
-        ordered = sorted(row.ratio for row in members)
-        middle = ordered[len(ordered) // 2]
-        alike = sum(abs(math.log(row.ratio / middle)) <= math.log1p(row.tolerance) for row in members)
-        moved = abs(math.log(middle)) > math.log1p(margin)
-        if moved and len(members) >= SHIFT_CELLS and alike >= SHIFT_SHARE * len(members):
-            found.append(Shift(name, middle, alike, len(members)))
+        for verdict in VERDICTS[:2]:
+            cells = sum(row.verdict == verdict for row in members)
+            if len(members) >= SHIFT_CELLS and cells >= SHIFT_SHARE * len(members):
+                mean = geometric_mean([row.ratio for row in members])
+                found.append(Shift(name, verdict, cells, len(members), mean))
     return found

@@ -170,20 +170,30 @@ class View:
 
     def points(self, subject: str) -> list[Axes]:
         """The distinct points of an operation, in plan order."""
-        found: dict[tuple[tuple[str, AxisValue], ...], Axes] = {}
+        return self._points.get(subject, [])
+
+    @cached_property
+    def _points(self) -> Mapping[str, list[Axes]]:
+        found: dict[str, dict[tuple[tuple[str, AxisValue], ...], Axes]] = {}
         for (name, _), rows in self._rows.items():
-            if name == subject:
-                for row in rows:
-                    found.setdefault(row.cell.point[1], row.cell.axes)
-        return list(found.values())
+            for row in rows:
+                found.setdefault(name, {}).setdefault(row.cell.point[1], row.cell.axes)
+        return {name: list(points.values()) for name, points in found.items()}
 
     def values(self, subject: str) -> Mapping[str, list[AxisValue]]:
         """Every axis of an operation with the values that it takes, in plan order."""
-        found: dict[str, dict[AxisValue, None]] = {}
-        for point in self.points(subject):
-            for axis, value in point.items():
-                found.setdefault(axis, {})[value] = None
-        return {axis: list(values) for axis, values in found.items()}
+        return self._values.get(subject, {})
+
+    @cached_property
+    def _values(self) -> Mapping[str, Mapping[str, list[AxisValue]]]:
+        found: dict[str, dict[str, dict[AxisValue, None]]] = {}
+        for subject, points in self._points.items():
+            for point in points:
+                for axis, value in point.items():
+                    found.setdefault(subject, {}).setdefault(axis, {})[value] = None
+        return {
+            subject: {axis: list(values) for axis, values in axes.items()} for subject, axes in found.items()
+        }
 
     def varying(self, subject: str) -> list[str]:
         """The axes that take more than one value, the hidden size last: it is the x axis of every figure."""
