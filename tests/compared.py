@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import small_runs
-from smbench import recipe, runfolder
+from smbench import identity, recipe, report, runfolder
 from smbench.cell import AxisValue, Cell
 from smbench.compare import Entry, Side
 from smbench.result import Environment
@@ -93,4 +93,16 @@ def big_run(folder: Path, cells: int, samples: int, seed: int) -> Path:
             template["cell_id"], template["cell"] = what.cell_id, what.model_dump()
             template["measurements"][0]["samples_s"] = (1e-6 * (i + 100) * noise[i]).tolist()
             file.write(json.dumps(template) + "\n")
+    return folder
+
+
+def packable(folder: Path) -> Path:
+    """A fake run under its environments' true identities, which a bundle is held to, with its report."""
+    results = folder / "results.jsonl"
+    text = results.read_text(encoding="utf-8")
+    for environment in runfolder.load(folder).environments:
+        true = identity.environment_id(environment.environment)
+        text = text.replace(f'"environment_id":"{environment.environment_id}"', f'"environment_id":"{true}"')
+    results.write_text(text, encoding="utf-8")
+    report.render(folder)
     return folder

@@ -19,7 +19,7 @@ from typing import Any
 
 STARTED_AT = "2025-01-02T03:04:05.678+00:00"
 ENVIRONMENT_ID = "e0"
-ENVIRONMENT = {"python": "3.11", "gpu": None}
+ENVIRONMENT = {"python": {"version": "3.11"}, "gpu": {}}
 TIMER_CHECK = {"method": "wall", "expected_s": 0.0004, "measured_s": 0.0004}
 REFUSED = 20
 """A job with this hidden size makes the whole request impossible."""

@@ -20,13 +20,12 @@ from typer.testing import CliRunner
 
 import fake_run
 import small_runs
-from compared import big_run, cell, side, simulated, timing
-from smbench import bundle, compare, comparison, ratios, report, sides
+from compared import big_run, cell, packable, side, simulated, timing
+from smbench import bundle, compare, comparison, ratios, sides
 from smbench.cell import Cell
 from smbench.cli import app
 from smbench.compare import Entry, Side
 from smbench.errors import CorruptError, UsageError
-from smbench.identity import environment_id
 from smbench.recipe import Profile
 from smbench.result import Result
 from smbench.verdicts import MARGIN, judge
@@ -276,11 +275,7 @@ def test_a_refuted_number_is_not_compared(tmp_path: Path) -> None:
 
 def test_a_bundle_is_compared_like_its_folder_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
     a, b = folders(tmp_path, slow=1.1)
-    results = b / "results.jsonl"
-    honest = environment_id(json.loads(results.read_text(encoding="utf-8").partition("\n")[0])["environment"])
-    named = results.read_text(encoding="utf-8").replace('"environment_id":"0"', f'"environment_id":"{honest}"')
-    results.write_text(named, encoding="utf-8")
-    report.render(b)
+    packable(b)
     done = bundle.pack(b, tmp_path / "b.tar.gz")
     assert done
     packed, _ = done

@@ -149,7 +149,7 @@ def test_an_incomplete_grid_lists_what_is_missing() -> None:
     [
         ('title = "two rows"', 'titel = "two rows"', "titel: unknown key; known keys here: arch, at"),
         ('device = "a GPU"\n', "", "device: this key is missing"),
-        ('unit = "ms"', 'unit = "ms", note = 1', "table[0].columns[0].note: unknown key; known keys here: at, definition"),
+        ('unit = "ms"', 'unit = "ms", note = 1', "columns[0].note: unknown key; known keys here: at, definition"),
         ('unit = "ms"', 'unit = "GB/s"', "'duration' is stored in s: 'GB/s' cannot be"),
         ('unit = "ms"', 'unit = "fortnight"', "unknown unit 'fortnight'; known: s, ms, us"),
         ('metric = "duration"', 'metric = "speed"', "unknown metric 'speed'; known: duration"),

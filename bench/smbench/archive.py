@@ -11,7 +11,6 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Self
 
 from smbench.errors import CorruptError
@@ -136,8 +135,9 @@ class Reader:
     A member's content is read with `chunks` before the next member is asked for; what is left of it is skipped.
     """
 
-    def __init__(self, path: Path, file: IO[bytes]) -> None:
-        self._path = path
+    def __init__(self, name: str, file: IO[bytes]) -> None:
+        """`name` is what errors call the file."""
+        self._name = name
         self._file = file
         self._where = "the first member"
         self._inflate = zlib.decompressobj(16 + zlib.MAX_WBITS)
@@ -185,14 +185,14 @@ class Reader:
 
     def corrupt(self, what: str) -> CorruptError:
         """The error for the current member."""
-        return CorruptError(f"{self._path.name}: {self._where}: {what}")
+        return CorruptError(f"{self._name}: {self._where}: {what}")
 
     def _check_gzip_header(self) -> None:
         self._packed = self._file.read(CHUNK)
         self.packed_bytes = len(self._packed)
         if not self._packed.startswith(GZIP_HEADER):
             what = "not in the form that smbench writes" if self._packed.startswith(b"\x1f\x8b") else "not gzip"
-            raise CorruptError(f"{self._path.name}: no bundle: its first bytes are {what}")
+            raise CorruptError(f"{self._name}: no bundle: its first bytes are {what}")
 
     def _member(self, block: bytes, count: int) -> Member:
         raw = block[0:100].rstrip(b"\0")

@@ -19,6 +19,10 @@ from smbench.observations import Dataset, Observation, coordinates, grouped, say
 
 ALIKE = 0.05
 """Numbers within this relative distance could be equal by chance: results of one quantity on one machine often are."""
+SAME = 0.01
+"""The same for one workload on two systems that may well be one."""
+PAIRS = 10
+"""Fewest pairs that a rate of ties is read from."""
 COPY_LENGTH = 3
 """Fewest equal numbers in a row that can be called a copy."""
 COPY_CHANCE = 1e-3
@@ -33,6 +37,8 @@ EFFECT = 0.05
 """Relative effect of a setting that shows it was applied."""
 SLICE = 20
 """Fewest pairs in a slice that its median effect is read from."""
+CURVE = 4
+"""Fewest points of a curve that has a shape."""
 REVERSAL = 0.05
 """A step back along an axis that is larger than this is worth a note."""
 OUTLIER = 0.25
@@ -108,8 +114,7 @@ def sensitivity(dataset: Dataset) -> Iterator[Finding]:
         if not all(seen.work for seen in column):
             continue
         for axis in _numeric_axes(column):
-            groups = grouped(column, lambda seen, a=axis: without(seen.row, a))  # type: ignore[misc]
-            pairs = [pair for group in groups if (pair := _grown(group, axis, dataset))]
+            pairs = [pair for curve in _curves(column, axis) if (pair := _grown(curve, dataset))]
             flat = [pair for pair in pairs if _is_flat(*pair)]
             if len(pairs) >= 2 and len(flat) == len(pairs):
                 yield _ignored(dataset, axis, flat)
@@ -184,8 +189,7 @@ def shape(dataset: Dataset) -> Iterator[Finding]:
     """Curves that turn back, and single numbers far from those beside them."""
     for table in grouped(dataset.observations, lambda seen: seen.table):
         for axis in _numeric_axes(table):
-            groups = grouped(table, lambda seen, a=axis: (seen.column, without(seen.row, a)))  # type: ignore[misc]
-            curves = [sorted(g, key=lambda s, a=axis: s.row[a]) for g in groups if len(g) >= 4]  # type: ignore[misc]
+            curves = [curve for curve in _curves(table, axis) if len(curve) >= CURVE]
             outliers = [found for curve in curves for found in _outliers(curve)]
             turns = [turn for curve in curves if not _outliers(curve) and (turn := _turn(curve))]
             name = dataset.table_name(table[0].table)
@@ -237,15 +241,32 @@ def _runs(series: Sequence[Sequence[Observation]]) -> Iterator[Run]:
 
 def _tie_chance(group: Sequence[Observation], run: Run) -> float:
     """Chance that two alike numbers are equal: by their digits, or as often as it happens outside the run."""
+    aligned = all(a.row == b.row for a, b in zip(run.first, run.second, strict=True))
+    alike = SAME if aligned else ALIKE
+    by_digits = max(seen.quantum / (2 * alike * seen.value) for seen in run.first)
+    near, ties = _aligned_ties(group) if aligned else _near_ties(group)
+    length = len(run.first)
+    outside = max(0, near - length)
+    # a rate over a handful of pairs is none
+    rate = (max(0, ties - length) + 0.5) / (outside + 1) if outside >= PAIRS else 0.0
+    return min(1.0, max(by_digits, rate, 0.5 / (near + 1)))
+
+
+def _near_ties(group: Sequence[Observation]) -> tuple[int, int]:
+    """How many pairs of numbers are alike, and how many of them are equal."""
     distinct = {frozenset(seen.at.items()): seen for seen in group}.values()
     values = sorted(seen.value for seen in distinct)
     near = sum(bisect_right(values, value * (1 + ALIKE)) - i - 1 for i, value in enumerate(values))
-    ties = sum(count * (count - 1) // 2 for count in Counter(values).values())
-    length = len(run.first)
-    outside = max(0, ties - length)
-    seen_rate = (outside + 0.5) / (max(0, near - length) + 1)
-    by_digits = max(seen.quantum / (2 * ALIKE * seen.value) for seen in run.first)
-    return min(1.0, max(by_digits, seen_rate))
+    return near, sum(count * (count - 1) // 2 for count in Counter(values).values())
+
+
+def _aligned_ties(group: Sequence[Observation]) -> tuple[int, int]:
+    """The same for pairs at equal coordinates of their rows, which name what two series have in common."""
+    near = ties = 0
+    for entries in grouped(group, lambda seen: frozenset(seen.row.items())):
+        one, equal = _near_ties(entries)
+        near, ties = near + one, ties + equal
+    return near, ties
 
 
 def _alignments(lengths: Sequence[int], length: int) -> int:
@@ -281,10 +302,16 @@ def _series_name(dataset: Dataset, seen: Observation) -> str:
     return ", ".join([dataset.table_name(seen.table), *([coordinates(own)] if own else [])])
 
 
-def _grown(group: Sequence[Observation], axis: str, dataset: Dataset) -> tuple[Observation, Observation] | None:
-    """The numbers with the least and the most work along an axis, where the difference should show in the time."""
-    ordered = sorted(group, key=lambda seen: seen.row[axis])
-    low, high = ordered[0], ordered[-1]
+def _curves(seen: Sequence[Observation], axis: str) -> list[list[Observation]]:
+    """The numbers of a table along an axis, one curve for each column and each choice of the other axes."""
+    groups = grouped(seen, lambda entry: (entry.column, without(entry.row, axis)))
+    # the axis is numeric, see _numeric_axes
+    return [sorted(group, key=lambda entry: int(entry.row[axis])) for group in groups]
+
+
+def _grown(curve: Sequence[Observation], dataset: Dataset) -> tuple[Observation, Observation] | None:
+    """The ends of a curve, where the work that one has more should show in the time."""
+    low, high = curve[0], curve[-1]
     if low is high:
         return None
     if dataset.device is None or dataset.device.memory_bandwidth_bytes_per_s is None:

@@ -213,7 +213,7 @@ def tuned(dataset: Dataset) -> Iterator[Finding]:
             yield Finding(
                 "tuned",
                 "warning",
-                f"{len(other)} of {len(chosen)} numbers of {coordinates(entry.where.items())} use parameters searched "  # type: ignore[arg-type]
+                f"{len(other)} of {len(chosen)} numbers of {coordinates(entry.where.items())} use parameters searched "
                 f"at {coordinates(entry.at.items())}, and were measured at {coordinates(measured.items())}",
                 "tune the very points that are measured",
             )

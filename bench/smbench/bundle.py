@@ -29,6 +29,7 @@ from smbench.redaction import Personal, Redactor
 from smbench.result import Check, Environment, Measurement, Result, Selection, Session, Status, Work
 from smbench.runfolder import Run
 from smbench.sources import KERNELS, kernel_files, kernels_sha256, renderer_id
+from smbench.verify import verify
 
 IMAGE_DIR = Path("/etc/smbench")
 SBOM = "sbom.json"
@@ -68,6 +69,34 @@ class Contents:
     planned: int
     reached: int
 
+    def lines(self) -> list[str]:
+        """What goes in, for a person who decides whether it may."""
+        redacted = [(entry, ", ".join(f"{n} {mark}" for mark, n in entry.redacted.items())) for entry in self.entries]
+        return [
+            f"{self.name}: {len(self.entries)} files, {sum(entry.size_bytes for entry in self.entries)} bytes",
+            *(f"{e.size_bytes:>10}  {e.name}" + (f"  (redacted: {what})" if what else "") for e, what in redacted),
+            *(f"note: {note}" for note in self.notes),
+        ]
+
+    def summary(self) -> dict[str, Any]:
+        """The same for a program."""
+        files = [{"name": e.name, "bytes": e.size_bytes, "redacted": dict(e.redacted)} for e in self.entries]
+        counts = {"planned": self.planned, "reached": self.reached}
+        return {"name": self.name, "files": files, "notes": list(self.notes), **counts}
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A bundle that was written."""
+
+    path: Path
+    contents: Contents
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the one who packs must know."""
+        return self.contents.notes
+
 
 @dataclass(slots=True)
 class _Stage:
@@ -97,11 +126,12 @@ def pack(
     out: Path | None = None,
     personal: Personal | None = None,
     approve: Callable[[Contents], bool] = lambda contents: True,
-) -> tuple[Path, Contents] | None:
-    """Write the bundle of a run folder and return where it is; None where `approve` refuses what would go in.
+) -> Packed | None:
+    """Write the bundle of a run folder and verify it; None where `approve` refuses what would go in.
 
     `out` is the file, or a folder for it; without it the bundle lies in the run folder. UsageError where the plan
-    itself holds something private, since that cannot be redacted without changing what was measured.
+    itself holds something private, since that cannot be redacted without changing what was measured; CorruptError
+    where the folder's records do not hold together.
     """
     run = runfolder.load(folder)
     redactor = Redactor(personal or Personal.of_this_process(), _vocabulary(run))
@@ -119,7 +149,7 @@ def pack(
         size_bytes = sum(entry.size_bytes for entry in entries)
         info = info_of(staged, size_bytes, len(entries), __version__, renderer_id())
         _write(target, name, stage.folder, entries, tag_files(info, manifest))
-    return target, contents
+    return Packed(target, contents)
 
 
 def _fill(stage: _Stage, run: Run) -> Run:
@@ -134,6 +164,9 @@ def _fill(stage: _Stage, run: Run) -> Run:
     _machinery(stage, staged)
     _report(stage, staged)
     stage.write("REPRODUCE.md", reproduce.render(staged))
+    if len(staged.results) < len(staged.cells):
+        left = len(staged.cells) - len(staged.results)
+        stage.notes.append(f"{left} of {len(staged.cells)} planned cells have no result yet: the bundle says so")
     torn = [path.name for path in sorted(stage.source.glob("results.torn-*.txt"))]
     stage.notes += [f"{name} is half a record and stays out" for name in torn] + list(run.warnings)
     return staged
@@ -271,6 +304,8 @@ def _write(target: Path, name: str, stage: Path, entries: Sequence[Entry], tags:
                 writer.add(f"{name}/{tag}", len(data), [data])
             for entry in entries:
                 writer.add(f"{name}/data/{entry.name}", entry.size_bytes, _chunks(stage / entry.name))
+        # whoever gets it will do the same, and it is too late then
+        verify(temporary, called=target.name)
         temporary.replace(target)
     except OSError as error:
         raise UsageError(f"{target} cannot be written: {error.strerror}; choose another place with -o") from error

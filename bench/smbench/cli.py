@@ -104,6 +104,7 @@ def run(
     profile: ProfileName = None,
     out: Folder = None,
     provider: Providers = None,
+    pack: Annotated[bool, typer.Option("--pack/--no-pack", help="Put everything into one file at the end.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Measure a recipe and write its report. The same command again goes on where it stopped."""
@@ -114,7 +115,7 @@ def run(
     options = [option for name in provider or () for option in ("--provider", name)]
     command = ["smbench", "run", recipe, "--profile", resolved.profile_name, *options, "--out", _shown(folder)]
     analysis = _measure(resolved, folder, shlex.join(command))
-    _shown_report(folder, analysis, as_json)
+    _shown_report(folder, analysis, as_json, _packed(folder) if pack else None)
 
 
 @app.command()
@@ -255,7 +256,7 @@ def compare(
         fields = {f"{e.field}: {e.a}, {e.b}" for comparison in comparisons for e in comparison.incomparable}
         _fail(f"nothing is comparable; {'; '.join(sorted(fields)) or 'no cell has a number on both sides'}", 3)
     if beyond:
-        _fail(f"{len(beyond)} numbers are slower by more than {fail_slower}", 1)
+        _fail(f"slower by more than {fail_slower}: {len(beyond)} of {sum(len(c.rows) for c in comparisons)} numbers", 1)
 
 
 @app.command()
@@ -294,6 +295,66 @@ def rerun(
     # to standard output goes one document, and with --json that is the run's
     _compare([reading.side_of([theirs], source.resolve().name), ours], _fraction("--margin", "2%"), folder / "compare")
     _shown_report(folder, analysis, as_json)
+
+
+@app.command()
+def pack(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The file, or a folder for it (default: the run folder).")
+    ] = None,
+    review: Annotated[bool, typer.Option("--review", help="List what goes in and what was redacted, and ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --review: list, and do not ask.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put a run into one file that proves itself; names, paths and secrets are redacted on the way."""
+    from smbench import bundle
+    from smbench.errors import UsageError
+
+    if review and not yes and not sys.stdin.isatty():
+        raise UsageError("--review asks before it packs, and there is no terminal to ask on; add --yes")
+
+    def approve(contents: bundle.Contents) -> bool:
+        for line in contents.lines() if review else ():
+            typer.echo(line, err=as_json)
+        return yes or not review or typer.confirm("pack this?", err=as_json)
+
+    try:
+        packed = bundle.pack(folder, out, approve=approve)
+    except OSError as error:
+        _fail(f"{error.strerror}: {error.filename or folder}; nothing was packed", 1)
+    if packed is None:
+        _fail("nothing was packed", 1)
+    for note in () if review else packed.notes:
+        _warn(note)
+    if as_json:
+        _print_json({"bundle": str(packed.path), **packed.contents.summary()})
+    else:
+        _print(f"bundle: {_shown(packed.path)}")
+
+
+@app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(help="A bundle.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check a bundle: every hash, record and identity, and that its report follows from its records."""
+    from smbench import verify as checks
+    from smbench.errors import CorruptError
+
+    try:
+        found = checks.verify(file)
+    except CorruptError as error:
+        if as_json:
+            _print_json({"verified": False, "error": str(error)})
+        raise
+    if as_json:
+        _print_json(found.summary())
+    else:
+        for line in found.lines():
+            _print(line)
+    if found.unconfirmed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -352,14 +413,32 @@ def _measure(resolved: Plan, folder: Path, command: str) -> Analysis:
     return analysis
 
 
-def _shown_report(folder: Path, analysis: Analysis, as_json: bool) -> None:
+def _packed(folder: Path) -> Path | None:
+    """The bundle of a run that has just ended; None, with a warning, where it cannot be packed: the run is no worse."""
+    from smbench import bundle
+    from smbench.errors import CorruptError, UsageError
+
+    try:
+        packed = bundle.pack(folder)
+    except (UsageError, CorruptError, OSError) as error:
+        _warn(f"no bundle was packed: {error}")
+        return None
+    for note in packed.notes if packed else ():
+        _warn(f"bundle: {note}")
+    return packed.path if packed else None
+
+
+def _shown_report(folder: Path, analysis: Analysis, as_json: bool, bundle: Path | None = None) -> None:
     """Say how a run ended; exit code 1 where a cell was measured and failed."""
     counts = analysis.counts()
     if as_json:
-        _print_json({"folder": str(folder), "counts": counts, "report": str(folder / "report.md")})
+        places = {"report": str(folder / "report.md"), "bundle": str(bundle) if bundle else None}
+        _print_json({"folder": str(folder), "counts": counts, **places})
     else:
         _print(", ".join(f"{count} {status}" for status, count in counts.items()))
         _print(f"report: {_shown(folder / 'report.md')}")
+        if bundle:
+            _print(f"bundle: {_shown(bundle)}")
     if any(counts.get(status) for status in FAILED):
         raise typer.Exit(1)
 

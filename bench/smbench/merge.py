@@ -103,9 +103,10 @@ def _results(runs: Sequence[Run]) -> list[Result]:
             )
     if conflicts:
         more = f"\n  and {len(conflicts) - SHOWN} more" if len(conflicts) > SHOWN else ""
+        count = "1 cell was" if len(conflicts) == 1 else f"{len(conflicts)} cells were"
         raise UsageError(
-            f"{len(conflicts)} cells were tried in two of the folders, and merge chooses no number over another; "
-            "`smbench compare` shows how they differ:\n  " + "\n  ".join(conflicts[:SHOWN]) + more
+            f"{count} tried in two of the folders, and merge chooses no number over another; `smbench compare` shows "
+            "how they differ:\n  " + "\n  ".join(conflicts[:SHOWN]) + more
         )
     return [chosen[cell.cell_id][1] for cell in _plan(runs) if cell.cell_id in chosen]
 

@@ -170,7 +170,7 @@ def without(at: At, *names: str) -> tuple[tuple[str, AxisValue], ...]:
     return tuple((name, value) for name, value in sorted(at.items()) if name not in names)
 
 
-def coordinates(at: Iterable[tuple[str, AxisValue]]) -> str:
+def coordinates(at: Iterable[tuple[str, object]]) -> str:
     """Coordinates in a sentence."""
     return ", ".join(f"{name}={value}" for name, value in at)
 

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jinja2 import TemplateError
 
@@ -70,12 +70,56 @@ class Verified:
     kernels: str
     """What is known of the kernels' sources."""
 
+    def lines(self) -> list[str]:
+        """What was checked, for a terminal."""
+        run, size = self.run, f"{self.unpacked_bytes / 1e6:.1f} MB, {self.packed_bytes / 1e6:.1f} MB packed"
+        statuses = ", ".join(f"{count} {status}" for status, count in self.statuses.items()) or "none"
+        rendered = "rendered again from the records, to the same bytes"
+        if self.unconfirmed:
+            rendered = (
+                f"NOT CONFIRMED: {', '.join(self.unconfirmed)}: rendered by another build of smbench ({self.packed_by}), "
+                "and otherwise by this one; verify with that build, or render the data again (`smbench report`)"
+            )
+        missing = len(run.cells) - len(run.results)
+        unfinished = f" ({missing} have none: the run is unfinished)" if missing else ""
+        return [
+            f"{self.name}: {'records verified, report not confirmed' if self.unconfirmed else 'verified'}",
+            f"  archive  {size}; plain files only, each once",
+            f"  hashes   {self.payload_files} payload files, {len(bag.TAG_FILES)} tag files, none missing, none added",
+            f"  records  {len(run.results)} of {len(run.cells)} planned cells{unfinished}: {statuses}; "
+            f"{len(run.environments)} environment{'s' if len(run.environments) != 1 else ''}",
+            "  identity plan against recipe, every cell id, every environment id",
+            f"  report   {rendered}",
+            f"  kernels  sources {self.kernels}",
+        ]
 
-def verify(path: Path, keep_samples: bool = False) -> Verified:
-    """Check a bundle. CorruptError names the file in it and what differs; UsageError where there is no such file."""
+    def summary(self) -> dict[str, Any]:
+        """The same for a program."""
+        return {
+            "verified": not self.unconfirmed,
+            "name": self.name,
+            "recipe": self.run.recipe.name,
+            "profile": self.run.profile_name,
+            "packed_by": self.packed_by,
+            "packed_bytes": self.packed_bytes,
+            "unpacked_bytes": self.unpacked_bytes,
+            "payload_files": self.payload_files,
+            "planned": len(self.run.cells),
+            "statuses": dict(self.statuses),
+            "unconfirmed": list(self.unconfirmed),
+            "kernels": self.kernels,
+        }
+
+
+def verify(path: Path, keep_samples: bool = False, called: str = "") -> Verified:
+    """Check a bundle. CorruptError names the file in it and what differs; UsageError where there is no such file.
+
+    `called` is what errors call the bundle, where that is not its file's name.
+    """
     try:
         with path.open("rb") as file, _uncollected():
-            return _Verification(path, Reader(path, file), keep_samples).run()
+            name = called or path.name
+            return _Verification(path, name, Reader(name, file), keep_samples).run()
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -104,8 +148,9 @@ class _Manifest:
 class _Verification:
     """One pass over one file."""
 
-    def __init__(self, path: Path, reader: Reader, keep_samples: bool) -> None:
+    def __init__(self, path: Path, name: str, reader: Reader, keep_samples: bool) -> None:
         self._path = path
+        self._name = name
         self._reader = reader
         self._keep_samples = keep_samples
         self._kept: dict[str, bytes] = {}
@@ -244,7 +289,7 @@ class _Verification:
         else:
             self._kept[place] = data
             if place == "plan.json":
-                cells = parse_json(data, PlanFile, f"{self._path.name}: data/plan.json").cells
+                cells = parse_json(data, PlanFile, f"{self._name}: data/plan.json").cells
                 self._planned = {cell.cell_id: cell for cell in cells}
 
     def _results(self, update: Callable[[bytes], None]) -> None:
@@ -290,7 +335,7 @@ class _Verification:
 
     def _run(self) -> Run:
         """The whole run, as a run folder would give it."""
-        about = parse_json(self._kept["run.json"], RunFile, f"{self._path.name}: data/run.json")
+        about = parse_json(self._kept["run.json"], RunFile, f"{self._name}: data/run.json")
         loaded = self._recipe()
         if (loaded.name, about.profile in loaded.profile) != (about.recipe, True):
             self._corrupt("data/run.json", "recipe.toml is another recipe, or has no such profile")
@@ -313,7 +358,7 @@ class _Verification:
             return recipe.parse(self._kept["recipe.toml"], "data/recipe.toml")
         # TOML has no limits of its own: numbers of any length, tables of any depth
         except (UsageError, CorruptError, ValueError, RecursionError) as error:
-            raise CorruptError(f"{self._path.name}: {str(error) or 'data/recipe.toml is nested too deeply'}") from error
+            raise CorruptError(f"{self._name}: {str(error) or 'data/recipe.toml is nested too deeply'}") from error
 
     def _consistent(self, run: Run) -> None:
         """Recipe, plan and results are of one experiment."""
@@ -374,7 +419,7 @@ class _Verification:
             TemplateError,
         ) as error:
             what = f"no report can be rendered from these records ({type(error).__name__}: {error})"
-            raise CorruptError(f"{self._path.name}: data/report.md: {what[:400]}") from error
+            raise CorruptError(f"{self._name}: data/report.md: {what[:400]}") from error
 
     def _kernels(self, run: Run) -> str:
         """Whether the sources are those that the records name. CorruptError where they are others."""
@@ -390,13 +435,13 @@ class _Verification:
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise CorruptError(f"{self._path.name}: {place}: not UTF-8 at byte {error.start}") from error
+            raise CorruptError(f"{self._name}: {place}: not UTF-8 at byte {error.start}") from error
 
     def _at(self, where: str) -> str:
-        return f"{self._path.name}: data/results.jsonl: {where}"
+        return f"{self._name}: data/results.jsonl: {where}"
 
     def _corrupt(self, place: str, what: str) -> NoReturn:
-        raise CorruptError(f"{self._path.name}: {place}: {what}")
+        raise CorruptError(f"{self._name}: {place}: {what}")
 
 
 @dataclass(slots=True)

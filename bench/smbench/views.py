@@ -191,9 +191,7 @@ class View:
             for point in points:
                 for axis, value in point.items():
                     found.setdefault(subject, {}).setdefault(axis, {})[value] = None
-        return {
-            subject: {axis: list(values) for axis, values in axes.items()} for subject, axes in found.items()
-        }
+        return {subject: {axis: list(values) for axis, values in axes.items()} for subject, axes in found.items()}
 
     def varying(self, subject: str) -> list[str]:
         """The axes that take more than one value, the hidden size last: it is the x axis of every figure."""
