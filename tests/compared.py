@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import small_runs
-from smbench import identity, recipe, report, runfolder
+from smbench import identity, recipe, runfolder
 from smbench.cell import AxisValue, Cell
 from smbench.compare import Entry, Side
 from smbench.result import Environment
@@ -87,8 +87,10 @@ def big_run(folder: Path, cells: int, samples: int, seed: int) -> Path:
     rng = np.random.default_rng(seed)
     noise = 1 + 0.01 * rng.standard_normal((cells, samples))
     template = json.loads(small_runs.timed(planned[0]).model_dump_json())
+    facts = {"gpu": {"name": None}, "cpu": {"model": "A processor"}}
+    template["environment_id"] = identity.environment_id(facts)
     with (folder / "results.jsonl").open("w", encoding="utf-8") as file:
-        file.write(small_runs.environment(gpu={"name": None}, cpu={"model": "A processor"}).model_dump_json() + "\n")
+        file.write(small_runs.environment(template["environment_id"], **facts).model_dump_json() + "\n")
         for i, what in enumerate(planned):
             template["cell_id"], template["cell"] = what.cell_id, what.model_dump()
             template["measurements"][0]["samples_s"] = (1e-6 * (i + 100) * noise[i]).tolist()
@@ -97,12 +99,11 @@ def big_run(folder: Path, cells: int, samples: int, seed: int) -> Path:
 
 
 def packable(folder: Path) -> Path:
-    """A fake run under its environments' true identities, which a bundle is held to, with its report."""
+    """A fake run under its environments' true identities, which a bundle is held to."""
     results = folder / "results.jsonl"
     text = results.read_text(encoding="utf-8")
     for environment in runfolder.load(folder).environments:
         true = identity.environment_id(environment.environment)
         text = text.replace(f'"environment_id":"{environment.environment_id}"', f'"environment_id":"{true}"')
     results.write_text(text, encoding="utf-8")
-    report.render(folder)
     return folder

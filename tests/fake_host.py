@@ -1,8 +1,8 @@
 """The real `smbench` command over a fake worker: `python fake_host.py RECIPES ARGUMENTS…`.
 
 Owns what a test cannot pass on the command line: where recipes lie, which worker is started, no GPU whatever the
-machine has, and, unless FAKE_HOST_REPORT is set, an analysis in place of a whole report with its figures. With
-FAKE_HOST_FILE_BYTES it is a disk on which no file grows beyond that.
+machine has, and, unless FAKE_HOST_REPORT is set, an analysis in place of a whole report with its figures, and no
+bundle. With FAKE_HOST_FILE_BYTES it is a disk on which no file grows beyond that.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def replacements(recipes: Path) -> list[tuple[object, str, object]]:
         (runner, "run", functools.partial(runner.run, worker_command=WORKER)),
         (cli, "_device_name", lambda: None),
     ]
-    return changed if os.environ.get("FAKE_HOST_REPORT") else [*changed, (cli, "_report", without_figures)]
+    if os.environ.get("FAKE_HOST_REPORT"):
+        return changed
+    return [*changed, (cli, "_report", without_figures), (cli, "_packed", lambda folder: None)]
 
 
 def main() -> None:

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 STARTED_AT = "2025-01-02T03:04:05.678+00:00"
-ENVIRONMENT_ID = "e0"
 ENVIRONMENT = {"python": {"version": "3.11"}, "gpu": {}}
+ENVIRONMENT_ID = "53ae9ebddc049d71"
+"""What `smbench.identity` makes of it."""
 TIMER_CHECK = {"method": "wall", "expected_s": 0.0004, "measured_s": 0.0004}
 REFUSED = 20
 """A job with this hidden size makes the whole request impossible."""

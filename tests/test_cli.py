@@ -139,6 +139,8 @@ def test_a_run_ends_with_a_report_and_the_same_command_adds_nothing(tmp_path: Pa
     recipes = REPOSITORY / "recipes"
     command = [sys.executable, fake_host.__file__, str(recipes), "run", "lora", "--out", "out", "--json"]
     first = document(call(command, tmp_path, FAKE_HOST_REPORT="1"))
+    bundle = tmp_path / first.pop("bundle")
+    assert bundle.parent == tmp_path / "out"
     assert first == {
         "folder": "out",
         "counts": {"ok": 42, "verified": 42, "unsupported": 126},
@@ -150,12 +152,16 @@ def test_a_run_ends_with_a_report_and_the_same_command_adds_nothing(tmp_path: Pa
     assert (tmp_path / "out/report.html").exists()
     assert list((tmp_path / "out/figures").glob("*.png"))
     second = call(command, tmp_path)
-    assert document(second) == first
+    assert document(second) == {**first, "bundle": None}
     assert "210 cells, 210 of them already measured" in second.err
     again = smbench(tmp_path, "report", "out", "--json")
     assert (document(again), again.err) == (first, "")
     assert (tmp_path / "out/results.jsonl").read_bytes() == results
     assert (tmp_path / "out/report.md").read_bytes() == report
+    verified = document(smbench(tmp_path, "verify", str(bundle), "--json"))
+    assert verified["verified"] and verified["statuses"] == {"unsupported": 126, "ok": 42, "verified": 42}
+    assert smbench(tmp_path, "pack", "out", "-o", "again.tar.gz").code == 0
+    assert (tmp_path / "again.tar.gz").read_bytes() == bundle.read_bytes()
 
 
 def test_without_out_the_folder_is_named_after_recipe_and_device(host: Host) -> None:

@@ -52,7 +52,7 @@ def of(*arguments: object, **matches: str) -> compare.Comparison:
 def shares(machines: dict[str, Any], slowdown: float) -> dict[str, float]:
     """How often each verdict falls between pairs of runs that differ by the noise of a machine and a slowdown."""
     counted: Counter[str] = Counter()
-    for seed in range(4):
+    for seed in range(3):
         rng = np.random.default_rng(seed)
         a, b = simulated(rng, **machines), simulated(rng, slowdown=slowdown, **machines)
         counted.update(against(a, b).counts())
@@ -278,7 +278,7 @@ def test_a_bundle_is_compared_like_its_folder_and_a_damaged_one_is_refused(tmp_p
     packable(b)
     done = bundle.pack(b, tmp_path / "b.tar.gz")
     assert done
-    packed, _ = done
+    packed = done.path
     rows = [of(a, path).rows for path in (b, packed)]
     assert rows[0] == rows[1] != []
     damaged = bytearray(packed.read_bytes())

@@ -83,7 +83,7 @@ def test_the_merged_folder_reports_packs_and_verifies(tmp_path: Path, halves: tu
     assert "results of 2 different environments are in this run" in text
     packed = bundle.pack(tmp_path / "both", tmp_path / "both.tar.gz")
     assert packed
-    assert len(verify.verify(packed[0]).run.environments) == 2
+    assert len(verify.verify(packed.path).run.environments) == 2
 
 
 def test_folders_of_a_narrowed_plan_are_joined_in_the_order_of_the_recipe(tmp_path: Path) -> None:

@@ -17,10 +17,6 @@ from smbench import bundle, plan, recipe, report, rerun, runfolder, runner
 from smbench.cli import app
 from smbench.errors import UsageError
 
-TEXT = fake_run.RECIPE.replace(
-    b'providers = ["torch", "smbench", "smbench-tuned", "vllm", "sglang"]', b'providers = ["torch"]'
-)
-
 
 @pytest.fixture(autouse=True)
 def nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,12 +28,12 @@ def nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def theirs(tmp_path: Path) -> Path:
-    """A run of two of the four cells that the profile has."""
-    loaded = recipe.parse(TEXT, "lora.toml")
-    made = plan.make(loaded, TEXT, "cpu", gpu_present=False)
+    """A run of one of the five providers that the profile has."""
+    made = plan.make(
+        recipe.parse(fake_run.RECIPE, "lora.toml"), fake_run.RECIPE, "cpu", gpu_present=False, providers=("torch",)
+    )
     folder = tmp_path / "theirs"
-    narrowed = plan.Plan(loaded, TEXT, "cpu", made.entries[:2])
-    runner.run(narrowed, folder, lambda result: None, lambda warning: None, (sys.executable, str(FAKE_WORKER)))
+    runner.run(made, folder, lambda result: None, lambda warning: None, (sys.executable, str(FAKE_WORKER)))
     report.render(folder)
     return folder
 
@@ -56,19 +52,19 @@ def test_the_very_cells_are_measured_again_and_compared(tmp_path: Path, theirs: 
     assert (tmp_path / "ours" / "report.md").exists()
     stored = json.loads((tmp_path / "ours" / "compare" / "compare.json").read_text(encoding="utf-8"))
     # the fake worker gives the same samples again
-    assert stored["comparisons"][0]["counts"] == {"slower": 0, "faster": 0, "same": 2, "unclear": 0}
-    assert "ours against theirs: 0 slower, 0 faster, 2 same, 0 unclear" in done.stderr
-    assert "2 ok" in done.stdout
+    assert stored["comparisons"][0]["counts"] == {"slower": 0, "faster": 0, "same": 4, "unclear": 0}
+    assert "ours against theirs: 0 slower, 0 faster, 4 same, 0 unclear" in done.stderr
+    assert "4 ok" in done.stdout
 
 
 def test_a_bundle_is_repeated_like_the_folder_that_it_was_packed_from(tmp_path: Path, theirs: Path) -> None:
     packed = bundle.pack(packable(theirs), tmp_path / "theirs.tar.gz")
     assert packed
-    done = command(packed[0], "--out", tmp_path / "ours")
+    done = command(packed.path, "--out", tmp_path / "ours")
     assert (done.exit_code, done.exception) == (0, None), done.output
-    assert "ours against theirs.tar.gz: 0 slower, 0 faster, 2 same, 0 unclear" in done.stderr
+    assert "ours against theirs.tar.gz: 0 slower, 0 faster, 4 same, 0 unclear" in done.stderr
     # the comparison does not keep our own run from being packed
-    assert bundle.pack(tmp_path / "ours", tmp_path / "ours.tar.gz")
+    assert bundle.pack(packable(tmp_path / "ours"), tmp_path / "ours.tar.gz")
 
 
 def test_the_same_command_again_measures_nothing(tmp_path: Path, theirs: Path) -> None:
@@ -88,7 +84,7 @@ def test_a_device_that_is_not_here_is_named_and_the_cpu_profile_offered(tmp_path
 
 
 def test_the_cpu_profile_of_a_gpu_run_ends_with_what_is_incomparable(tmp_path: Path) -> None:
-    text = TEXT.replace(b"hidden_size = [128, 256]", b"hidden_size = [128, 4096]")
+    text = fake_run.RECIPE.replace(b"hidden_size = [128, 256]", b"hidden_size = [128, 4096]")
     theirs = fake_run.build(tmp_path / "theirs", text, "full", fake_run.every_status, [fake_run.GPU])
     done = command(theirs, "--profile", "cpu", "--out", tmp_path / "ours")
     assert (done.exit_code, done.exception) == (0, None), done.output
@@ -98,7 +94,7 @@ def test_the_cpu_profile_of_a_gpu_run_ends_with_what_is_incomparable(tmp_path: P
 
 
 def test_another_protocol_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    text = TEXT.replace(b"protocol_version = 1", b"protocol_version = 99")
+    text = fake_run.RECIPE.replace(b"protocol_version = 1", b"protocol_version = 99")
     theirs = fake_run.build(tmp_path / "theirs", text, "cpu", fake_run.on_a_processor, [fake_run.CPU])
     refusal = command(theirs, "--out", tmp_path / "ours").exception
     assert isinstance(refusal, UsageError)

@@ -33,6 +33,10 @@ from smbench.verify import verify
 
 IMAGE_DIR = Path("/etc/smbench")
 SBOM = "sbom.json"
+VERSIONED = ("libraries", "runtime", "python", "gpu")
+"""Groups of an environment in which dotted numbers are versions."""
+FIXED = ("record", "cell", "cell_id", "environment_id", "status", "measurements")
+"""Keys of a result whose content the plan and the recipe fix, or that are numbers."""
 _SCHEMA_WORDS: tuple[str, ...] = (
     *get_args(Status),
     *("graph", "event", "wall", "cold", "warm", "finished", "interrupted", "failed"),
@@ -221,16 +225,13 @@ def _redacted_record(record: dict[str, Any], redact: Redactor, renamed: dict[str
     """One record; an environment that changes gets the identity of what it is now, and its results follow."""
     if record["record"] == "environment":
         facts: dict[str, Any] = {
-            # versions look like addresses
-            redact.text(key): redact.tree(value, addresses=key not in ("libraries", "runtime", "python", "gpu", "os"))
-            for key, value in record["environment"].items()
+            redact.text(key): redact.tree(value, versions=key in VERSIONED) for key, value in record["environment"].items()
         }
         if facts == record["environment"]:
             return record
         renamed[record["environment_id"]] = environment_id(facts)
         return {**record, "environment": facts, "environment_id": renamed[record["environment_id"]]}
-    fixed = ("record", "cell", "cell_id", "environment_id", "status", "samples_s", "warmup_s", "method", "l2")
-    after: dict[str, Any] = redact.tree(record, skip=lambda key: key in fixed)
+    after = {key: value if key in FIXED else redact.tree(value) for key, value in record.items()}
     if after.get("environment_id") in renamed:
         after["environment_id"] = renamed[after["environment_id"]]
     return after
@@ -267,7 +268,7 @@ def _machinery(stage: _Stage, run: Run) -> None:
     recorded = {(entry.environment.get("smbench") or {}).get("kernels_sha256") for entry in run.environments}
     if kernels_sha256() in recorded:
         for name, data in kernel_files().items():
-            if stage.redactor.secrets(text := data.decode("utf-8")) != text:
+            if stage.redactor.holds_secret(data.decode("utf-8")):
                 raise UsageError(f"{KERNELS}/{name} holds what looks like a secret; take it out and measure again")
             stage.write(f"sources/{KERNELS}/{name}", data)
     elif run.environments:

@@ -279,6 +279,7 @@ def rerun(
     profile: Annotated[
         str | None, typer.Option("--profile", help="Another profile of the same recipe, where its device is not here.")
     ] = None,
+    pack: Annotated[bool, typer.Option("--pack/--no-pack", help="Put everything into one file at the end.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Repeat somebody's run here, recipe, profile and cells as they were, and compare. The same command goes on."""
@@ -294,7 +295,7 @@ def rerun(
     ours = reading.side_of([runfolder.load(folder)], folder.resolve().name)
     # to standard output goes one document, and with --json that is the run's
     _compare([reading.side_of([theirs], source.resolve().name), ours], _fraction("--margin", "2%"), folder / "compare")
-    _shown_report(folder, analysis, as_json)
+    _shown_report(folder, analysis, as_json, _packed(folder) if pack else None)
 
 
 @app.command()

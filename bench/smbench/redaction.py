@@ -36,7 +36,7 @@ _TAIL = re.compile(
 )
 """The end of a path that is the same on every machine: traces of installed code stay readable."""
 _PLAIN = r"[^\s'\"`<>|*?\\,;()\[\]{}:=&]"
-_RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
+_SHAPES: tuple[tuple[str, re.Pattern[str]], ...] = (
     (
         "SECRET",
         re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----.*?(?:-----END [A-Z0-9 ]*PRIVATE KEY-----|\Z)", re.DOTALL),
@@ -50,13 +50,19 @@ _RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
             r"|eyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?)"
         ),
     ),
+)
+"""What is a secret by its looks alone."""
+_RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
+    *_SHAPES,
     ("SECRET", re.compile(r"(?i)(?<=\bbearer )\s*[\w.~+/=-]{6,}|(?<=\bbasic )\s*[A-Za-z0-9+/]{8,}={0,2}(?![\w ])")),
     ("SECRET", re.compile(r"(?<=://)[^\s/@'\"]+(?=@)")),
     (
         "SECRET",
         re.compile(
             r"(?i)(?:(?<=password)|(?<=passwd)|(?<=passphrase)|(?<=secret)|(?<=api[_-]key)|(?<=apikey)"
-            r"|(?<=access[_-]key)|(?<=_token)|(?<=-token)|(?<=signature)|(?<=cookie))"
+            # a model's tokens are no secrets: `per_token=3`
+            r"|(?<=access[_-]key)|(?<=access[_-]token)|(?<=auth[_-]token)|(?<=api[_-]token)|(?<=refresh[_-]token)"
+            r"|(?<=id[_-]token)|(?<=hf[_-]token)|(?-i:(?<=_TOKEN))|(?<=signature)|(?<=cookie))"
             r"(?P<keep>[\"']?\s*[=:]\s*[\"']?)(?!None\b|null\b|<|\d+\b)[^\s\"',;&]{6,}"
         ),
     ),
@@ -71,7 +77,7 @@ _ADDRESS = re.compile(
 _PATHS = re.compile(
     # in quotes a path may hold spaces
     r"(?<=['\"`])(?:file://)?/(?:[^'\"`\n/]+/?)+(?=['\"`])"
-    rf"|(?:file://|(?<![\w.~:/<>\-])|(?<=[\w=]:)(?=/(?!/))|(?<=\s-[A-Za-z]))/{_PLAIN}+"
+    rf"|(?:file://|(?<![\w.~:/<>\-])|(?<=[\w=]:)(?=/(?!/))|(?<=\s-[A-Za-z])|(?<=^-[A-Za-z]))/{_PLAIN}+"
     rf"|(?<![\w/])~[\w.-]*/{_PLAIN}+"
     r"|(?<![A-Za-z])[A-Za-z]:[\\/](?![/\s])[^\s'\"`<>|*?,;()]+|\\\\[\w.$-]+\\[^\s'\"`<>|*?,;()]+"
 )
@@ -132,36 +138,40 @@ class Redactor:
         # an underscore parts words here: `alice_h200` names alice
         self._words = re.compile(rf"(?<![A-Za-z0-9])(?:{words.pattern})(?![A-Za-z0-9])", re.I) if words else None
 
-    def text(self, text: str, addresses: bool = True) -> str:
-        """The text with placeholders. Without `addresses`, dotted numbers are versions and stay."""
+    def text(self, text: str) -> str:
+        """The text with placeholders."""
         found = self.secrets(text)
         found = _PATHS.sub(self._path, found)
         if self._home_words:
             found = self._home_words.sub(lambda _: self._count("<HOME>"), found)
-        if addresses:
-            found = _ADDRESS.sub(self._address, found)
+        found = _ADDRESS.sub(self._address, found)
         return self._words.sub(lambda m: self._count(self._names[m[0].lower()]), found) if self._words else found
 
     def secrets(self, text: str) -> str:
         """The text with placeholders for secrets and addresses of people and hardware only."""
+        return self._replaced(text, _RULES)
+
+    def holds_secret(self, text: str) -> bool:
+        """Whether a source file holds a known secret, or what looks like one; `password=` in code is none."""
+        return self._replaced(text, _SHAPES) != text
+
+    def _replaced(self, text: str, rules: Iterable[tuple[str, re.Pattern[str]]]) -> str:
         found = self._secrets.sub(lambda _: self._count("<SECRET>"), text) if self._secrets else text
-        for mark, pattern in _RULES:
+        for mark, pattern in rules:
             found = pattern.sub(self._rule(mark), found)
         return found
 
-    def tree(self, value: Any, skip: Callable[[str], bool] = lambda key: False, addresses: bool = True) -> Any:
-        """A JSON value with every string in it redacted, keys included; a key that `skip` names stays with all below."""
+    def tree(self, value: Any, versions: bool = False) -> Any:
+        """A JSON value with every string in it redacted, keys included. With `versions`, a string that is nothing but a
+        dotted number is one, and no address."""
         match value:
             case str():
-                return self.text(value, addresses)
+                return value if versions and re.fullmatch(r"[\d.]+", value) else self.text(value)
             case list():
                 # samples are long, and numbers say nothing
-                return value if _all_numbers(value) else [self.tree(item, skip, addresses) for item in value]
+                return value if _all_numbers(value) else [self.tree(item, versions) for item in value]
             case dict():
-                return {
-                    key if skip(key) else self.text(key): item if skip(key) else self.tree(item, skip, addresses)
-                    for key, item in value.items()
-                }
+                return {self.text(key): self.tree(item, versions) for key, item in value.items()}
         return value
 
     def _rule(self, mark: str) -> Callable[[re.Match[str]], str]:

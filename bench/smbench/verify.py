@@ -77,7 +77,7 @@ class Verified:
         rendered = "rendered again from the records, to the same bytes"
         if self.unconfirmed:
             rendered = (
-                f"NOT CONFIRMED: {', '.join(self.unconfirmed)}: rendered by another build of smbench ({self.packed_by}), "
+                f"NOT CONFIRMED: {', '.join(self.unconfirmed)}: rendered by another build (smbench {self.packed_by}), "
                 "and otherwise by this one; verify with that build, or render the data again (`smbench report`)"
             )
         missing = len(run.cells) - len(run.results)
