@@ -249,16 +249,25 @@ def large(folder: Path, samples: int) -> Path:
 
 
 MEASURE = """
-import json, re, sys, time
-began = time.perf_counter()
+import atexit, json, re, sys, time
 from pathlib import Path
-from smbench.verify import verify
+from smbench.cli import main
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-before = peak()
-found = verify(Path(sys.argv[1]))
-print(json.dumps([len(found.run.results), found.packed_bytes, time.perf_counter() - began, time.process_time(),
-                  peak() - before]))
+# the process's own clock: Python's start and all imports are in it
+atexit.register(lambda: print(json.dumps([time.process_time(), peak()]), file=sys.stderr))
+main()
 """
+
+
+def measured(path: Path) -> tuple[float, float, int]:
+    """Wall clock and processor time of `smbench verify`, and its peak memory in bytes."""
+    began = time.perf_counter()
+    command = [sys.executable, "-c", MEASURE, "verify", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    wall_s = time.perf_counter() - began
+    assert "10010 of 10010 planned cells" in done.stdout
+    cpu_s, peak_bytes = json.loads(done.stderr)
+    return wall_s, cpu_s, peak_bytes
 
 
 @pytest.mark.timeout(180)
@@ -266,25 +275,20 @@ print(json.dumps([len(found.run.results), found.packed_bytes, time.perf_counter(
 def test_a_bundle_of_20_mb_and_10000_cells_takes_seconds_and_memory_that_samples_do_not_move(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Best of three, imports included; memory above what imports take, for twice the samples.
+    """Best of three of the whole command; memory is the process's peak, for so many samples and for twice as many.
 
     Measured on 2 cores of a rented machine: 2.1 s for 20 MB. The bound leaves room for a busy one.
     """
     costs = []
     for samples in (100, 200):
         path = large(tmp_path / str(samples), samples)
-        done = [
-            json.loads(subprocess.run([sys.executable, "-c", MEASURE, str(path)], capture_output=True, check=True).stdout)
-            for _ in range(3)
-        ]
-        costs.append(min(done, key=lambda cost: cost[2]))
+        done = [measured(path) for _ in range(3)]
+        costs.append((path.stat().st_size, *min(done)))
     with capsys.disabled():
-        for cells, size_bytes, wall_s, cpu_s, memory_bytes in costs:
-            print(  # noqa: T201
-                f"\n{cells} cells, {size_bytes / 1e6:.1f} MB: {wall_s:.2f} s wall, {cpu_s:.2f} s cpu, "
-                f"{memory_bytes / 1e6:.0f} MB above imports"
-            )
-    (_, size_bytes, wall_s, _, memory_bytes), (_, double_bytes, _, _, double_memory_bytes) = costs
+        for size_bytes, wall_s, cpu_s, memory_bytes in costs:
+            cost = f"{wall_s:.2f} s wall, {cpu_s:.2f} s cpu, {memory_bytes / 1e6:.0f} MB of memory"
+            print(f"\n10010 cells, {size_bytes / 1e6:.1f} MB: {cost}")  # noqa: T201
+    (size_bytes, wall_s, _, memory_bytes), (double_bytes, _, _, double_memory_bytes) = costs
     assert size_bytes > 18e6 and double_bytes > 1.7 * size_bytes
     assert double_memory_bytes < 1.1 * memory_bytes
     assert wall_s < 4

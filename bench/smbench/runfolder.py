@@ -230,13 +230,25 @@ def parse_record(line: bytes, name: str) -> Result | Environment | Session:
 
 def parse_json(text: bytes, model: type[_Model], name: str) -> _Model:
     """The `run.json` or `plan.json` in some bytes. CorruptError begins with `name`; a newer format is one, too."""
+    fault: ValidationError | None = None
     try:
-        version = _Version.model_validate_json(text).format
-        if version > FORMAT:
-            raise CorruptError(f"{name}: format {version} is newer than this smbench reads ({FORMAT}); update smbench")
-        return model.model_validate_json(text)
+        found = model.model_validate_json(text)
+        version = _Version.model_validate(found, from_attributes=True).format
     except ValidationError as error:
-        raise CorruptError(f"{name}: {_first_fault(error)}") from error
+        fault, version = error, _version_of(text)
+    if version > FORMAT:
+        raise CorruptError(f"{name}: format {version} is newer than this smbench reads ({FORMAT}); update smbench")
+    if fault:
+        raise CorruptError(f"{name}: {_first_fault(fault)}") from fault
+    return found
+
+
+def _version_of(text: bytes) -> int:
+    """The format that a file names which breaks the format that is known here; 0 where it names none."""
+    try:
+        return _Version.model_validate_json(text).format
+    except ValidationError:
+        return 0
 
 
 def _first_fault(error: ValidationError) -> str:
