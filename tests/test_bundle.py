@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import bundles
 import fake_run
-from smbench import bundle, recipe, runfolder
+from smbench import bundle, recipe, report, runfolder
 from smbench.archive import TIME
 from smbench.bag import REQUIRED
 from smbench.cli import app
@@ -32,18 +32,19 @@ ENVIRONMENT = {**fake_run.CPU, "smbench": {"kernels_sha256": kernels_sha256()}, 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished cpu run with logs and an engine's own output, not yet rendered."""
+    """A finished and rendered cpu run with logs and an engine's own output."""
     made = bundles.run_folder(tmp_path_factory.mktemp("runs") / "run", environment=ENVIRONMENT)
     (made / "logs").mkdir()
     (made / "logs" / "worker-001.log").write_text("a warning\n", encoding="utf-8")
     (made / "native" / "vllm").mkdir(parents=True)
     (made / "native" / "vllm" / "out.json").write_text('{"total": 1}', encoding="utf-8")
+    report.render(made)
     return made
 
 
 @pytest.fixture(scope="module")
-def packed(folder: Path) -> Path:
-    return bundles.packed(folder)
+def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bundles.packed(folder, tmp_path_factory.mktemp("bundles"))
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -92,7 +93,7 @@ def test_it_says_neither_when_nor_by_whom_it_was_packed(packed: Path) -> None:
 
 def test_another_copy_umask_clock_and_place_give_the_same_bytes(folder: Path, packed: Path, tmp_path: Path) -> None:
     copy = tmp_path / "elsewhere" / "copy"
-    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.tar.gz"))
+    shutil.copytree(folder, copy)
     for path in copy.rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
         os.utime(path, (1, 1))
@@ -116,7 +117,7 @@ def test_another_copy_umask_clock_and_place_give_the_same_bytes(folder: Path, pa
 
 
 def test_packing_changes_nothing_in_the_run_folder_but_for_the_bundle(tmp_path: Path) -> None:
-    made = bundles.run_folder(tmp_path / "run")
+    made = bundles.run_folder(tmp_path / "run", fake_run.all_failed)
     before = tree(made)
     path = bundles.packed(made)
     after = tree(made)
@@ -127,14 +128,8 @@ def test_packing_changes_nothing_in_the_run_folder_but_for_the_bundle(tmp_path: 
 def test_the_figures_of_a_report_that_is_current_are_taken_and_those_of_a_stale_one_are_not(
     folder: Path, packed: Path, tmp_path: Path
 ) -> None:
-    _, files = bundles.files_of(packed)
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    for name, data in files.items():
-        place = copy / name.removeprefix("data/")
-        if name.startswith(("data/figures/", "data/report.")):
-            place.parent.mkdir(exist_ok=True)
-            place.write_bytes(data)
     figure = next(iter(sorted((copy / "figures").glob("*.png"))))
     # a figure that nobody would draw shows whose it is
     figure.write_bytes(b"\x89PNG\r\n\x1a\n taken")
@@ -165,7 +160,8 @@ def test_what_is_no_result_stays_out(folder: Path, packed: Path, tmp_path: Path)
 
 
 def test_sources_that_are_not_those_that_ran_stay_out(tmp_path: Path) -> None:
-    made = bundles.run_folder(tmp_path / "run", environment={**ENVIRONMENT, "smbench": {"kernels_sha256": "0" * 64}})
+    environment = {**ENVIRONMENT, "smbench": {"kernels_sha256": "0" * 64}}
+    made = bundles.run_folder(tmp_path / "run", fake_run.all_failed, environment=environment)
     done = bundle.pack(made, tmp_path, bundles.NOBODY)
     assert done
     assert any("not those that ran" in note for note in done.notes)
@@ -194,7 +190,7 @@ def test_a_run_that_measured_nothing_yet_packs(tmp_path: Path) -> None:
 
 
 def test_records_that_do_not_hold_together_are_not_packed(tmp_path: Path) -> None:
-    made = fake_run.build(tmp_path / "run", fake_run.RECIPE, "cpu", fake_run.on_a_processor, [fake_run.CPU])
+    made = fake_run.build(tmp_path / "run", fake_run.RECIPE, "cpu", fake_run.all_failed, [fake_run.CPU])
     with pytest.raises(CorruptError, match=r"results\.jsonl: line 1: environment_id"):
         bundles.packed(made, tmp_path)
     assert not list(tmp_path.glob("*.gz*"))
@@ -242,7 +238,7 @@ def test_out_is_a_file_or_a_folder_and_a_bundle_is_replaced_in_one_step(folder: 
 
 def test_a_review_lists_what_goes_in_and_what_was_redacted_and_asks(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
-    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("*.tar.gz"))
+    shutil.copytree(folder, copy)
     (copy / "logs" / "worker-001.log").write_text("token hf_abcdefghijklmnop in /data/x/y.bin\n", encoding="utf-8")
     runner = CliRunner()
     asked = runner.invoke(app, ["pack", str(copy), "--review"])

@@ -69,7 +69,7 @@ def correctness(evidence: Evidence) -> Iterator[Finding]:
 
 
 def roofline(evidence: Evidence) -> Iterator[Finding]:
-    """Nothing is faster than its bytes or its arithmetic allow. From a warm cache, only what cannot fit it must move."""
+    """Nothing is faster than its bytes or its arithmetic allow. From a warm cache only what exceeds it must move."""
     device = evidence.device
     if device is None or device.memory_bandwidth_bytes_per_s is None:
         if any(m.method != "wall" for result in evidence.results for m in result.measurements):

@@ -14,7 +14,7 @@ FORMAT = 1
 """Version of `results.jsonl`, `run.json` and `plan.json`. History: 1 = first."""
 
 Status = Literal["ok", "verified", "incorrect", "invalid", "unsupported", "oom", "timeout", "crashed", "skipped"]
-"""`ok` was checked and timed; `verified` was checked and, for a reason, not timed; every other carries a reason only."""
+"""`ok` was checked and timed; `verified` was checked and, for a reason, not timed; the others carry a reason only."""
 
 UNTESTED: tuple[Status, ...] = ("incorrect", "invalid", "unsupported", "oom", "timeout", "crashed", "skipped")
 """The statuses that a report lists under situations not tested."""
@@ -123,7 +123,7 @@ class Result(Record):
     measurements: tuple[Measurement, ...] = ()
     telemetry: Facts = {}
     phases_s: Mapping[str, Seconds] = {}
-    """Wall-clock split of the worker's time for this cell: inputs, reference, compile, check, capture, measure, total."""
+    """Wall clock of the worker's steps for this cell: inputs, compile, check, capture, total."""
     compilations: int = 0
     """Kernels that were compiled for this cell because no cache held them."""
     started_at: str

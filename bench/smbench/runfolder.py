@@ -223,7 +223,7 @@ def _records(path: Path, warnings: list[str]) -> Iterator[Result | Environment |
 def parse_record(line: bytes, name: str) -> Result | Environment | Session:
     """The record in a line of `results.jsonl`. CorruptError begins with `name`."""
     try:
-        return _RECORD.validate_json(line)
+        return _RECORD.validate_json(line, strict=True)
     except ValidationError as error:
         raise CorruptError(f"{name}: {_first_fault(error)}") from error
 
@@ -232,7 +232,7 @@ def parse_json(text: bytes, model: type[_Model], name: str) -> _Model:
     """The `run.json` or `plan.json` in some bytes. CorruptError begins with `name`; a newer format is one, too."""
     fault: ValidationError | None = None
     try:
-        found = model.model_validate_json(text)
+        found = model.model_validate_json(text, strict=True)
         version = _Version.model_validate(found, from_attributes=True).format
     except ValidationError as error:
         fault, version = error, _version_of(text)

@@ -356,9 +356,11 @@ class _Verification:
     def _recipe(self) -> Recipe:
         try:
             return recipe.parse(self._kept["recipe.toml"], "data/recipe.toml")
+        except (UsageError, CorruptError) as error:
+            raise CorruptError(f"{self._name}: {error}") from error
         # TOML has no limits of its own: numbers of any length, tables of any depth
-        except (UsageError, CorruptError, ValueError, RecursionError) as error:
-            raise CorruptError(f"{self._name}: {str(error) or 'data/recipe.toml is nested too deeply'}") from error
+        except (ValueError, RecursionError) as error:
+            raise CorruptError(f"{self._name}: data/recipe.toml: {error}") from error
 
     def _consistent(self, run: Run) -> None:
         """Recipe, plan and results are of one experiment."""

@@ -65,7 +65,7 @@ class Prepared:
     """A provider bound to one set of inputs."""
 
     run: Callable[[], None]
-    """Enqueues one call on the current stream: no synchronization, no allocation that a CUDA graph could not capture."""
+    """Enqueues one call on the current stream: no synchronization, no allocation that a CUDA graph cannot capture."""
     config: Config
     """Launch parameters that `run` really passes; empty where a library chooses for itself."""
     config_source: str
@@ -77,8 +77,8 @@ class Prepared:
     were written, before a `run`, never in a timed interval."""
     finish: Callable[[], None] = _nothing
     """Brings `y` to what the operation defines, where a library leaves its result in a buffer of its own: called once
-    after a `run`, before the comparison, never in a timed interval. An engine reads that buffer where it is, so it would
-    be wrong to charge the library for this."""
+    after a `run`, before the comparison, never in a timed interval. An engine reads that buffer where it is, so that it
+    would be wrong to charge the library for this."""
 
 
 class Provider(Protocol):
@@ -100,7 +100,7 @@ class Tunable:
     binary: Callable[[Point, Config], str]
     """What distinguishes compiled kernels: points and configurations with equal strings share all their binaries."""
     precompile: Callable[[Point, Config, int], str]
-    """Compile for a compute capability (80, 86, 89, 90) without a GPU, filling Triton's cache; returns the cache key."""
+    """Compile for a compute capability (80, 86, 89, 90) without a GPU, into Triton's cache; returns the cache key."""
 
 
 @dataclass(frozen=True, slots=True)

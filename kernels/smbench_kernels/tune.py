@@ -1,8 +1,8 @@
 """The search for launch parameters. Owns the strategy; what a time is, and whether an output is right, is injected.
 
 A model orders the candidates, so that the good ones come early and the hopeless ones never run; the search of a point
-also starts from what won at its neighbours. Then two stages, the second with fewer configurations and more samples, after
-Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization" (2016).
+also starts from what won at its neighbours. Then two stages, the second with fewer configurations and more samples,
+after Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization" (2016).
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
+from smbench_kernels.launch import jit
 from triton.language.extra.cuda import globaltimer
 
 from smbench.worker.timing import Spec, measure
@@ -16,8 +16,8 @@ LONG_NS = 450_000
 """The difference of the two is compared, so that launch cost and the start of the spin cancel."""
 
 
-@triton.jit
-def _spin(out, nanoseconds):
+@jit()
+def _spin(out: tl.tensor, nanoseconds: tl.tensor) -> None:
     """Busy-wait until the GPU's own nanosecond clock has advanced by `nanoseconds`."""
     start = globaltimer()
     now = start
