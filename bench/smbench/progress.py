@@ -78,23 +78,27 @@ class TuneProgress:
 
     def __init__(self, total: int) -> None:
         self._total = total
-        self._done = 0
+        self._counts: Counter[str] = Counter()
         self._began = self._last_line = time.monotonic()
 
     def __enter__(self) -> Self:
-        _line(f"{self._total} points to tune; compiling first")
+        _line(f"{self._total} points; what the journal has is not searched again; compiling first")
         return self
 
     def __exit__(self, *_: object) -> None:
-        _line(f"{self._done} points done in {_minutes(time.monotonic() - self._began)}")
+        _line(self._state())
 
     def advance(self, event: Mapping[str, Any]) -> None:
-        """Count one point."""
-        self._done += 1
+        """Count one point, searched or compared with an exhaustive search."""
+        self._counts[event["event"]] += 1
         now = time.monotonic()
         if now - self._last_line > LINE_PERIOD_S:
             self._last_line = now
-            _line(f"{self._done} points done, the last one {event['subject']} in {event['seconds']:.2f} s")
+            _line(self._state())
+
+    def _state(self) -> str:
+        checked = f", {self._counts['quality']} searched exhaustively" if self._counts["quality"] else ""
+        return f"{self._counts['tuned']} points tuned{checked} in {_minutes(time.monotonic() - self._began)}"
 
 
 def _line(text: str) -> None:

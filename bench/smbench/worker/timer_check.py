@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from smbench_kernels.launch import jit
 from triton.language.extra.cuda import globaltimer
 
 from smbench.worker.timing import Spec, measure
+from smbench_kernels.launch import jit
 
 SHORT_NS = 50_000
 LONG_NS = 450_000

@@ -1,0 +1,194 @@
+"""The tuner: the search finds the best that it may, and a tuning session keeps what it found."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import small_runs
+from smbench import plan, recipe, tune
+from smbench.errors import UsageError
+from smbench.runner import WorkerCannotStart
+from smbench_kernels import configs
+from smbench_kernels.op import Config, Point, Prepared, Tunable
+from smbench_kernels.tune import FINAL_ROUNDS, PATIENCE, SHORTLIST, search
+
+FAKE = (sys.executable, str(Path(__file__).with_name("fake_tuner.py")))
+POINT: Point = {"batch": 1}
+
+
+def _unused(*_: Any) -> Prepared:
+    raise AssertionError("the search itself never prepares a launch")
+
+
+def tunable(predicted: Mapping[int, float]) -> Tunable:
+    """A space of one axis, with a modelled time for each value."""
+    return Tunable(
+        space=lambda _: [{"BLOCK": value} for value in predicted],
+        prepare=_unused,
+        predict=lambda _point, config, _facts: predicted[config["BLOCK"]],
+        binary=lambda _point, config: str(config),
+        precompile=lambda _point, config, _capability: str(config),
+    )
+
+
+class Clock:
+    """Exact times of configurations; what is not listed is wrong or does not launch."""
+
+    def __init__(self, times: Mapping[int, float]) -> None:
+        self.times = times
+        self.asked: list[tuple[int, int]] = []
+
+    def __call__(self, config: Config, samples: int) -> float | None:
+        self.asked.append((config["BLOCK"], samples))
+        return self.times.get(config["BLOCK"])
+
+
+@given(st.dictionaries(st.integers(1, 1000), st.floats(1e-6, 1e-3), min_size=1, max_size=PATIENCE))
+def test_the_best_of_a_small_space_is_found_whatever_the_model_says(times: dict[int, float]) -> None:
+    choice = search(POINT, tunable(dict.fromkeys(times, 1.0)), {}, Clock(times))
+    assert choice is not None
+    assert choice.time_s == min(times.values())
+    assert times[choice.config["BLOCK"]] == choice.time_s
+    assert (choice.candidates, choice.timed) == (len(times), len(times))
+
+
+def test_a_hopeless_configuration_is_never_run() -> None:
+    clock = Clock({1: 2e-6, 2: 1e-6})
+    choice = search(POINT, tunable({1: 1.0, 2: 99.0}), {}, clock)
+    assert choice is not None and choice.config == {"BLOCK": 1}
+    assert {block for block, _ in clock.asked} == {1}
+
+
+def test_the_screening_stops_when_nothing_better_comes() -> None:
+    space = dict.fromkeys(range(1, 500), 1.0)
+    choice = search(POINT, tunable(space), {}, Clock({block: 1e-6 * block for block in space}))
+    assert choice is not None and choice.config == {"BLOCK": 1}
+    assert choice.timed == 1 + PATIENCE
+
+
+def test_what_won_nearby_is_tried_first_if_it_belongs_to_the_space() -> None:
+    clock = Clock({1: 3e-6, 2: 2e-6, 3: 1e-6})
+    search(POINT, tunable({1: 1.0, 2: 1.0, 3: 1.0}), {}, clock, [{"BLOCK": 3}, {"BLOCK": 77}])
+    assert clock.asked[0][0] == 3
+
+
+def test_wrong_configurations_win_nothing() -> None:
+    choice = search(POINT, tunable({1: 1.0, 2: 1.0}), {}, Clock({2: 1e-6}))
+    assert choice is not None and choice.config == {"BLOCK": 2}
+    assert search(POINT, tunable({1: 1.0, 2: 1.0}), {}, Clock({})) is None
+
+
+def test_the_shortlist_is_timed_there_and_back() -> None:
+    clock = Clock({1: 1.00e-6, 2: 1.01e-6, 3: 1.5e-6})
+    search(POINT, tunable({1: 1.0, 2: 1.0, 3: 1.0}), {}, clock)
+    finals = [block for block, _ in clock.asked[3:]]
+    assert finals == [1, 2, 2, 1, 1, 2][: 2 * FINAL_ROUNDS]
+    assert SHORTLIST >= 2
+
+
+def tuned_plan(batches: list[int], providers: str = "smbench-tuned") -> plan.Plan:
+    """A plan of one operation with a tuned provider at some batches."""
+    text = (Path(small_runs.__file__).parents[1] / "recipes" / "lora.toml").read_text(encoding="utf-8")
+    head, _, _ = text.partition("# ----")
+    profile = f"""
+[profile.full]
+device = "cuda"
+providers = ["torch", "{providers}"]
+time_limit_s = 10.0
+[profile.full.estimate]
+startup_s = 1.0
+cell_s = 1.0
+source = "made up"
+[[profile.full.measure]]
+name = "cold"
+title = "cold"
+method = "graph"
+l2 = "cold"
+calls = 1
+warmup = 1
+samples = 5
+window_s = 1.0
+[[profile.full.grid]]
+ops = ["bgmv_shrink"]
+[profile.full.grid.axes]
+batch = {batches}
+dtype = ["float16"]
+"""
+    content = (head + profile).encode()
+    return plan.make(recipe.parse(content, "small.toml"), content, "full", True, is_installed=lambda _: True)
+
+
+def tuned(folder: Path, batches: list[int], quality_points: int = 0) -> tune.Tuned:
+    folder.mkdir(exist_ok=True)
+    return tune.tune(
+        tuned_plan(batches), folder, "A Card", 1e12, quality_points, lambda _: None, folder / "configs", FAKE
+    )
+
+
+def entries(folder: Path) -> dict[int, Config]:
+    """Configuration by batch, as a provider would read it."""
+    file = configs.load(configs.path_of("A Card", "bgmv_shrink", folder / "configs"))
+    assert (file.device, file.triton) == ("A Card", "9.9")
+    return {int(entry.point["batch"]): entry.config for entry in file.entries}
+
+
+def test_every_right_point_gets_a_configuration_that_providers_read(tmp_path: Path) -> None:
+    done = tuned(tmp_path, [1, 2, 4])
+    assert entries(tmp_path) == {1: {"BLOCK": 10}, 4: {"BLOCK": 40}}
+    assert (done.points, done.searched, done.binaries, done.timed, done.candidates) == (2, 3, 7, 40, 200)
+
+
+def test_a_death_keeps_what_was_found_and_the_same_command_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(WorkerCannotStart):
+        tuned(tmp_path, [1, 3, 4])
+    assert entries(tmp_path) == {1: {"BLOCK": 10}}
+    monkeypatch.setenv("FAKE_TUNER_SURVIVES", "1")
+    assert tuned(tmp_path, [1, 3, 4]).searched == 2
+    assert entries(tmp_path) == {1: {"BLOCK": 10}, 3: {"BLOCK": 30}, 4: {"BLOCK": 40}}
+
+
+def test_a_torn_journal_line_is_searched_again(tmp_path: Path) -> None:
+    tuned(tmp_path, [1, 4])
+    journal = tmp_path / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-10])
+    assert tuned(tmp_path, [1, 4]).searched == 1
+    assert all(json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines())
+    assert entries(tmp_path) == {1: {"BLOCK": 10}, 4: {"BLOCK": 40}}
+
+
+def test_entries_of_other_points_stay(tmp_path: Path) -> None:
+    tuned(tmp_path, [1])
+    (tmp_path / "journal.jsonl").unlink()
+    tuned(tmp_path, [4])
+    assert set(entries(tmp_path)) == {1, 4}
+
+
+def test_the_comparison_with_an_exhaustive_search_is_told(tmp_path: Path) -> None:
+    tuned(tmp_path, [1, 4])
+    said = tuned(tmp_path, [1, 4], quality_points=2).lines()
+    assert "the search against the exhaustive best of 2 random points: 2 within 2 %" in said[2]
+    assert "what the files held against the exhaustive best of 2 random points: 0 within 2 %" in said[3]
+
+
+def test_a_plan_with_nothing_tuned_is_refused() -> None:
+    with pytest.raises(UsageError, match="no provider has selection 'tuned', so there is nothing to tune"):
+        tune.points_of(tuned_plan([1], providers="smbench"))
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU here")
+def test_without_a_gpu_the_command_says_so() -> None:
+    command = [sys.executable, "-m", "smbench", "tune", "lora"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "tuning needs an NVIDIA GPU" in done.stderr
