@@ -7,13 +7,19 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-PROGRAM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-FLAGS = "--headless --no-sandbox --disable-gpu --no-first-run --disable-dev-shm-usage --remote-debugging-pipe".split()
+PROGRAM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
+    *("--disable-dev-shm-usage", "--remote-debugging-pipe"),
+)
 
 
 class Browser:
@@ -53,8 +59,9 @@ class Browser:
             pass
 
     def value(self, expression: str) -> Any:
-        """What an expression of JavaScript is in the page."""
-        return self("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+        """What an expression of JavaScript is in the page, or becomes."""
+        answer = self("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        return answer["result"].get("value")
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
@@ -72,9 +79,15 @@ def browser(profile: Path) -> Iterator[Browser]:
     assert PROGRAM
     theirs_in, ours_out = os.pipe()
     ours_in, theirs_out = os.pipe()
-    command = " ".join([PROGRAM, *FLAGS, f"--user-data-dir={profile}", f"3<&{theirs_in} 4>&{theirs_out}"])
+    # it listens on 3 and answers on 4, which here are somebody else's
+    become = (
+        "import os, sys; a, b = os.dup(int(sys.argv[1])), os.dup(int(sys.argv[2]));"
+        "os.dup2(a, 3); os.dup2(b, 4); os.set_inheritable(3, True); os.set_inheritable(4, True);"
+        "os.execv(sys.argv[3], sys.argv[3:])"
+    )
+    chromium = [PROGRAM, *FLAGS, f"--user-data-dir={profile}"]
     process = subprocess.Popen(
-        ["sh", "-c", f"exec {command}"],
+        [sys.executable, "-c", become, str(theirs_in), str(theirs_out), *chromium],
         pass_fds=(theirs_in, theirs_out),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -29,7 +29,7 @@ def without_figures(folder: Path) -> Analysis:
 
 def replacements(recipes: Path) -> list[tuple[object, str, object]]:
     """Module, name and what stands there in a test."""
-    from smbench import cli, resources, runner
+    from smbench import cli, report, resources, runner
 
     changed: list[tuple[object, str, object]] = [
         (resources, "recipes_dir", lambda: recipes),
@@ -38,7 +38,7 @@ def replacements(recipes: Path) -> list[tuple[object, str, object]]:
     ]
     if os.environ.get("FAKE_HOST_REPORT"):
         return changed
-    return [*changed, (cli, "_report", without_figures), (cli, "_packed", lambda folder: None)]
+    return [*changed, (report, "render", without_figures), (cli, "_packed", lambda folder: None)]
 
 
 def main() -> None:

@@ -62,7 +62,9 @@ def test_it_holds_the_run_and_what_made_it(folder: Path, packed: Path) -> None:
     assert any(name.startswith("figures/") for name in payload)
     assert any(name.startswith("records/") for name in payload)
     assert json.loads(payload["image/image.json"]) == {"digest": "sha256:00"}
-    sources = {name.removeprefix("sources/smbench_kernels/"): data for name, data in payload.items() if "sources/" in name}
+    sources = {
+        name.removeprefix("sources/smbench_kernels/"): data for name, data in payload.items() if "sources/" in name
+    }
     assert sources == kernel_files()
     assert {Path(name).suffix for name in sources} <= {".py", ".json"}
 
@@ -224,7 +226,9 @@ def unpacked(packed: Path, folder: Path) -> Path:
     return folder / packed.name.removesuffix(".tar.gz")
 
 
-def test_out_is_a_file_or_a_folder_and_a_bundle_is_replaced_in_one_step(folder: Path, packed: Path, tmp_path: Path) -> None:
+def test_out_is_a_file_or_a_folder_and_a_bundle_is_replaced_in_one_step(
+    folder: Path, packed: Path, tmp_path: Path
+) -> None:
     assert bundles.packed(folder, tmp_path) == tmp_path / packed.name
     named = bundles.packed(folder, tmp_path / "mine.tar.gz")
     assert named.read_bytes() == packed.read_bytes()

@@ -1,4 +1,4 @@
-"""A bundle is somebody else's file: whatever is in it, nothing is written, nothing runs, and the error names the member."""
+"""A bundle is somebody else's file: whatever is in it, nothing is written, nothing runs, and errors name the member."""
 
 from __future__ import annotations
 
@@ -128,15 +128,19 @@ def test_a_size_that_is_no_octal_number_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("second", "due"),
-    [("x/a", "x/a: it is there twice"), ("x/A", "x/A: it differs from x/a in case"), ("X/a", "differs from x/a in case")],
+    [
+        ("x/a", "x/a: it is there twice"),
+        ("x/A", "x/A: it differs from x/a in case"),
+        ("X/a", "differs from x/a in case"),
+    ],
 )
 def test_members_that_collide_are_refused(tmp_path: Path, second: str, due: str) -> None:
     path = tmp_path / "twice.tar.gz"
     with path.open("wb") as file, Writer(file) as writer:
         writer.add("x/a", 1, [b"1"])
         writer.add(second, 1, [b"2"])
-    with path.open("rb") as file, pytest.raises(CorruptError, match=due):
-        list(Reader(path.name, file))
+    with path.open("rb") as written, pytest.raises(CorruptError, match=due):
+        list(Reader(path.name, written))
 
 
 def test_names_that_collide_once_normalized_are_refused(tmp_path: Path) -> None:
@@ -193,8 +197,8 @@ def test_the_canonical_form_is_read_by_every_tar(packed: Path) -> None:
         writer.add(long, 3, [b"abc"])
     with tarfile.open(packed.parent / "long.tar") as tar:
         assert tar.getnames() == [long]
-    with (packed.parent / "long.tar").open("rb") as file:
-        assert [member.name for member in Reader("long", file)] == [long]
+    with (packed.parent / "long.tar").open("rb") as written:
+        assert [member.name for member in Reader("long", written)] == [long]
 
 
 def json_forgery(text: str) -> Callable[[Files], None]:
@@ -240,7 +244,9 @@ def test_a_sample_that_is_no_duration_is_refused(packed: Path, tmp_path: Path, n
     fails(bundles.forged(tmp_path / "sample.tar.gz", packed, change), r"data/results\.jsonl: line \d+: .*samples_s")
 
 
-@pytest.mark.parametrize("name", ["data/run.json", "data/plan.json", "data/recipe.toml", "data/results.jsonl", "bag-info.txt"])
+@pytest.mark.parametrize(
+    "name", ["data/run.json", "data/plan.json", "data/recipe.toml", "data/results.jsonl", "bag-info.txt"]
+)
 def test_text_that_is_not_utf8_is_refused(packed: Path, tmp_path: Path, name: str) -> None:
     def change(files: Files) -> None:
         files[name] = files[name].replace(b"lora", b"lo\xff\xfe")
@@ -301,7 +307,10 @@ def test_a_product_of_axes_is_counted_before_it_is_made(packed: Path, tmp_path: 
         head, _, tail = text.rpartition("hidden_size = [128, 256]")
         files["data/recipe.toml"] = f"{head}{many}, hidden_size = [128, 256]{tail}".encode()
 
-    fails(bundles.forged(tmp_path / "many.tar.gz", packed, change), r"data/recipe\.toml: its profile has more than 1000000")
+    fails(
+        bundles.forged(tmp_path / "many.tar.gz", packed, change),
+        r"data/recipe\.toml: its profile has more than 1000000",
+    )
 
 
 def test_markup_in_strings_stays_text_from_pack_to_page(tmp_path: Path) -> None:
@@ -352,7 +361,7 @@ def fuzz(examples: int) -> settings:
 @fuzz(1000)
 @given(data=st.data())
 def test_fuzzed_files_are_refused(tiny: Path, data: st.DataObject) -> None:
-    """Flipped bits, cut and doubled stretches of the compressed file: every change is an error, and never another one."""
+    """Flipped bits, cut and doubled stretches of the compressed file: what changes the content is an error of ours."""
     original = tiny.read_bytes()
     at = data.draw(st.integers(0, len(original) - 1))
     length = data.draw(st.integers(1, 64))
@@ -411,14 +420,30 @@ def test_fuzzed_contents_with_fitting_hashes_are_refused_or_sound(tiny: Path, da
     """Members changed, dropped, doubled or added, with manifests that fit: all checks behind the hashes."""
     _, files = bundles.files_of(tiny)
     for _ in range(data.draw(st.integers(1, 2))):
-        name = data.draw(st.sampled_from([name for name in files if name.startswith("data/") or name == "bag-info.txt"]))
+        name = data.draw(
+            st.sampled_from([name for name in files if name.startswith("data/") or name == "bag-info.txt"])
+        )
         content = files[name]
         at = data.draw(st.integers(0, max(0, len(content) - 1)))
         match data.draw(st.sampled_from(["bytes", "token", "cut", "empty", "drop", "add"])):
             case "bytes":
                 files[name] = content[:at] + data.draw(st.binary(max_size=8)) + content[at + 3 :]
             case "token":
-                words = [b"null", b"1e999", b"-1", b'""', b"[]", b"{}", b"NaN", b"[[[[", b"\xff", b"\0", b"2", b"true", b"\n"]
+                words = [
+                    b"null",
+                    b"1e999",
+                    b"-1",
+                    b'""',
+                    b"[]",
+                    b"{}",
+                    b"NaN",
+                    b"[[[[",
+                    b"\xff",
+                    b"\0",
+                    b"2",
+                    b"true",
+                    b"\n",
+                ]
                 tokens = list(re.finditer(rb'"[^"\n]*"|\d+|true|false|null', content))
                 if tokens:
                     found = data.draw(st.sampled_from(tokens))
@@ -430,14 +455,15 @@ def test_fuzzed_contents_with_fitting_hashes_are_refused_or_sound(tiny: Path, da
             case "drop" if name != "bag-info.txt":
                 del files[name]
             case _:
-                extra = data.draw(st.sampled_from(["logs/x.log", "figures/x.png", "records/x.json", "native/a/b", "evil.sh"]))
+                extra = data.draw(
+                    st.sampled_from(["logs/x.log", "figures/x.png", "records/x.json", "native/a/b", "evil.sh"])
+                )
                 files[f"data/{extra}"] = data.draw(st.binary(max_size=20))
     try:
-        top, forged = bundles.honest(files)
-    except (KeyError, ValueError, UnicodeDecodeError):
+        path = bundles.write(tiny.with_name("fuzzed.tar.gz"), *bundles.honest(files))
+    except (KeyError, ValueError):
         # bag-info.txt is past reading, so there is nothing to make fit
         return
-    path = bundles.write(tiny.with_name("fuzzed.tar.gz"), top, forged)
     try:
         verify.verify(path)
     except CorruptError as error:
@@ -445,7 +471,7 @@ def test_fuzzed_contents_with_fitting_hashes_are_refused_or_sound(tiny: Path, da
 
 
 def outcome(tiny: Path, changed: bytes, original: bytes) -> None:
-    """What verify makes of changed bytes: an error that names the file, or nothing changed."""
+    """What verify makes of changed bytes: an error that names the file, or the content is the same."""
     path = tiny.with_name("fuzzed.tar.gz")
     path.write_bytes(changed)
     try:
@@ -453,7 +479,8 @@ def outcome(tiny: Path, changed: bytes, original: bytes) -> None:
     except CorruptError as error:
         assert "fuzzed.tar.gz" in str(error)
     else:
-        assert changed == original
+        # the same bytes can be compressed in more ways than one
+        assert gzip.decompress(changed) == gzip.decompress(original)
 
 
 def checksummed(block: bytearray) -> bytes:

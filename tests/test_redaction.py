@@ -89,7 +89,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A rendered run that has secrets wherever a string can be."""
     quoted = json.dumps(PLANTED)
     recipe = fake_run.RECIPE.replace(b'title = "vLLM"', f"title = {quoted} # {PLANTED}".encode())
-    recipe = recipe.replace(b'title = "Performance testing of', f"# {PLANTED}\ntitle = \"{PLANTED} ".encode(), 1)
+    recipe = recipe.replace(b'title = "Performance testing of', f'# {PLANTED}\ntitle = "{PLANTED} '.encode(), 1)
     environment = {
         **fake_run.CPU,
         "cpu": {"model": f"A processor of {PLANTED}"},
@@ -98,9 +98,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "libraries": {"torch": "2.13.0", "nvidia-cublas": "13.1.0.3", "private": PLANTED},
         PLANTED: 1,
     }
-    made = bundles.run_folder(
-        tmp_path_factory.mktemp("runs") / "run", planted, recipe=recipe, environment=environment
-    )
+    made = bundles.run_folder(tmp_path_factory.mktemp("runs") / "run", planted, recipe=recipe, environment=environment)
     session = Session(
         started_at=fake_run.STARTED_AT,
         wall_s=1.0,
@@ -197,7 +195,10 @@ def test_a_plan_that_names_something_private_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "due"),
     [
-        ('File "/home/grmblfritz/my dir/bench/smbench/worker/op.py", line 3', 'File "<HOME>/smbench/worker/op.py", line 3'),
+        (
+            'File "/home/grmblfritz/my dir/bench/smbench/worker/op.py", line 3',
+            'File "<HOME>/smbench/worker/op.py", line 3',
+        ),
         ("in /usr/lib/python3/dist-packages/torch/nn/functional.py:33", "in <PATH>/torch/nn/functional.py:33"),
         ("No such file: /data/models/llama.", "No such file: <PATH>."),
         ("-I/usr/include --model=/mnt/x C:\\Users\\me\\x ~/notes", "-I<PATH> --model=<PATH> <PATH> <HOME>"),

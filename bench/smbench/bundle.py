@@ -225,7 +225,8 @@ def _redacted_record(record: dict[str, Any], redact: Redactor, renamed: dict[str
     """One record; an environment that changes gets the identity of what it is now, and its results follow."""
     if record["record"] == "environment":
         facts: dict[str, Any] = {
-            redact.text(key): redact.tree(value, versions=key in VERSIONED) for key, value in record["environment"].items()
+            redact.text(key): redact.tree(value, versions=key in VERSIONED)
+            for key, value in record["environment"].items()
         }
         if facts == record["environment"]:
             return record

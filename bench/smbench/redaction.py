@@ -20,8 +20,22 @@ from typing import Any
 from urllib.parse import quote
 
 COMMON_NAMES = frozenset(
-    "root user users admin administrator ubuntu debian centos fedora rocky ec2-user azureuser runner docker nobody "
-    "localhost localdomain host node default home test build worker gpu cuda python container".split()
+    (
+        *("root", "user", "users", "admin", "administrator", "nobody", "ubuntu", "debian", "centos", "fedora", "rocky"),
+        *(
+            "ec2-user",
+            "azureuser",
+            "runner",
+            "docker",
+            "container",
+            "localhost",
+            "localdomain",
+            "host",
+            "node",
+            "default",
+        ),
+        *("home", "test", "build", "worker", "gpu", "cuda", "python"),
+    )
 )
 """Account and machine names that everybody has: they name nobody, and are words of their own."""
 SHORTEST_NAME = 3
@@ -67,7 +81,10 @@ _RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
         ),
     ),
     ("EMAIL", re.compile(r"\b[\w.+-]+@(?:[\w-]+\.)+[A-Za-z]{2,}\b")),
-    ("MAC", re.compile(r"(?i)(?<![0-9a-f:-])[0-9a-f]{2}(?P<sep>[:-])(?:[0-9a-f]{2}(?P=sep)){4}[0-9a-f]{2}(?![0-9a-f:-])")),
+    (
+        "MAC",
+        re.compile(r"(?i)(?<![0-9a-f:-])[0-9a-f]{2}(?P<sep>[:-])(?:[0-9a-f]{2}(?P=sep)){4}[0-9a-f]{2}(?![0-9a-f:-])"),
+    ),
     ("UUID", re.compile(r"(?i)\b(?:GPU|MIG)-[0-9a-f]{8}-[0-9a-f-]{20,}")),
     ("UUID", re.compile(r"(?i)(?<![0-9a-f-])[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}(?![0-9a-f-])")),
 )

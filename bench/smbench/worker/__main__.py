@@ -98,9 +98,7 @@ def serve_tuning(request: dict[str, Any], events: Events) -> int:
     from smbench.worker.tune import tune
 
     facts = environment.capture()
-    events.emit(
-        "ready", environment_id=environment_id(facts), environment=facts, timer_checks=[]
-    )
+    events.emit("ready", environment_id=environment_id(facts), environment=facts, timer_checks=[])
     for outcome in tune(request):
         events.emit(**outcome)
     events.emit("done")
