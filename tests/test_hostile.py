@@ -379,7 +379,7 @@ def test_fuzzed_files_are_refused(tiny: Path, data: st.DataObject) -> None:
     outcome(tiny, changed, original)
 
 
-@fuzz(150)
+@fuzz(80)
 @given(data=st.data())
 def test_fuzzed_tars_are_refused(tiny: Path, data: st.DataObject) -> None:
     """The same inside the compression, where headers and contents are; and blocks in another order."""
