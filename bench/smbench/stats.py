@@ -7,6 +7,7 @@ the same bytes with every numpy, and 10,000 cells take a tenth of a second.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -65,7 +66,8 @@ def interval_rank(n: int) -> int:
     if n >= NORMAL_FROM:
         return math.floor((n - 1.959963985 * math.sqrt(n)) / 2)
     needed = (n + 1) // 2
-    return next(k for k in range(1, n + 1) if _binomial_tail(n, k / n, needed) >= (1 - CONFIDENCE) / 2)
+    ranks = range(1, n + 1)
+    return ranks[bisect_left(ranks, (1 - CONFIDENCE) / 2, key=lambda k: _binomial_tail(n, k / n, needed))]
 
 
 def _binomial_tail(n: int, p: float, least: int) -> float:
