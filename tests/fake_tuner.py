@@ -1,6 +1,6 @@
 """A worker that answers a tuning request with made-up outcomes: `python fake_tuner.py REQUEST`.
 
-A point with batch 2 has no right configuration; at batch 3 the process dies in the middle of its event.
+A point with batch 8 has no right configuration; at batch 16 the process dies in the middle of its event.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def main() -> None:
     emit("compiled", binaries=7, seconds=0.5)
     for point in request["points"]:
         axes = point["axes"]
-        if axes["batch"] == 3 and not os.environ.get("FAKE_TUNER_SURVIVES"):
+        if axes["batch"] == 16 and not os.environ.get("FAKE_TUNER_SURVIVES"):
             sys.stdout.write('{"event":"tuned","subj')
             sys.stdout.flush()
             os._exit(1)
         found = {"config": {"BLOCK": 10 * axes["batch"]}, "time_s": 1e-6, "candidates": 100, "timed": 20}
-        emit("tuned", subject=point["subject"], axes=axes, seconds=0.1, **({} if axes["batch"] == 2 else found))
+        emit("tuned", subject=point["subject"], axes=axes, seconds=0.1, **({} if axes["batch"] == 8 else found))
     for known in request["known"][: request["quality_points"]]:
         emit(
             "quality",

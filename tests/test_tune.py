@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,7 +14,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import small_runs
 from smbench import plan, recipe, tune
 from smbench.errors import UsageError
 from smbench.runner import WorkerCannotStart
@@ -95,36 +95,19 @@ def test_the_shortlist_is_timed_there_and_back() -> None:
     assert SHORTLIST >= 2
 
 
-def tuned_plan(batches: list[int], providers: str = "smbench-tuned") -> plan.Plan:
-    """A plan of one operation with a tuned provider at some batches."""
-    text = (Path(small_runs.__file__).parents[1] / "recipes" / "lora.toml").read_text(encoding="utf-8")
-    head, _, _ = text.partition("# ----")
-    profile = f"""
-[profile.full]
-device = "cuda"
-providers = ["torch", "{providers}"]
-time_limit_s = 10.0
-[profile.full.estimate]
-startup_s = 1.0
-cell_s = 1.0
-source = "made up"
-[[profile.full.measure]]
-name = "cold"
-title = "cold"
-method = "graph"
-l2 = "cold"
-calls = 1
-warmup = 1
-samples = 5
-window_s = 1.0
-[[profile.full.grid]]
-ops = ["bgmv_shrink"]
-[profile.full.grid.axes]
-batch = {batches}
-dtype = ["float16"]
-"""
-    content = (head + profile).encode()
-    return plan.make(recipe.parse(content, "small.toml"), content, "full", True, is_installed=lambda _: True)
+def tuned_plan(batches: list[int], provider: str = "smbench-tuned") -> plan.Plan:
+    """The shipped recipe's plan, at some batches of one operation and size."""
+    text = (Path(__file__).parents[1] / "recipes" / "lora.toml").read_bytes()
+    whole = plan.make(recipe.parse(text, "lora.toml"), text, "full", True, is_installed=lambda _: True)
+    entries = [
+        entry
+        for entry in whole.entries
+        if (entry.cell.subject, entry.cell.provider) == ("bgmv_shrink", provider)
+        and entry.cell.axes["hidden_size"] == 128
+        and entry.cell.axes["batch"] in batches
+    ]
+    assert len(entries) == len(batches)
+    return dataclasses.replace(whole, entries=entries)
 
 
 def tuned(folder: Path, batches: list[int], quality_points: int = 0) -> tune.Tuned:
@@ -142,8 +125,8 @@ def entries(folder: Path) -> dict[int, Config]:
 
 
 def test_every_right_point_gets_a_configuration_that_providers_read(tmp_path: Path) -> None:
-    done = tuned(tmp_path, [1, 2, 4])
-    assert entries(tmp_path) == {1: {"BLOCK": 10}, 4: {"BLOCK": 40}}
+    done = tuned(tmp_path, [1, 8, 24])
+    assert entries(tmp_path) == {1: {"BLOCK": 10}, 24: {"BLOCK": 240}}
     assert (done.points, done.searched, done.binaries, done.timed, done.candidates) == (2, 3, 7, 40, 200)
 
 
@@ -151,39 +134,39 @@ def test_a_death_keeps_what_was_found_and_the_same_command_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(WorkerCannotStart):
-        tuned(tmp_path, [1, 3, 4])
+        tuned(tmp_path, [1, 16, 24])
     assert entries(tmp_path) == {1: {"BLOCK": 10}}
     monkeypatch.setenv("FAKE_TUNER_SURVIVES", "1")
-    assert tuned(tmp_path, [1, 3, 4]).searched == 2
-    assert entries(tmp_path) == {1: {"BLOCK": 10}, 3: {"BLOCK": 30}, 4: {"BLOCK": 40}}
+    assert tuned(tmp_path, [1, 16, 24]).searched == 2
+    assert entries(tmp_path) == {1: {"BLOCK": 10}, 16: {"BLOCK": 160}, 24: {"BLOCK": 240}}
 
 
 def test_a_torn_journal_line_is_searched_again(tmp_path: Path) -> None:
-    tuned(tmp_path, [1, 4])
+    tuned(tmp_path, [1, 24])
     journal = tmp_path / "journal.jsonl"
     journal.write_bytes(journal.read_bytes()[:-10])
-    assert tuned(tmp_path, [1, 4]).searched == 1
+    assert tuned(tmp_path, [1, 24]).searched == 1
     assert all(json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines())
-    assert entries(tmp_path) == {1: {"BLOCK": 10}, 4: {"BLOCK": 40}}
+    assert entries(tmp_path) == {1: {"BLOCK": 10}, 24: {"BLOCK": 240}}
 
 
 def test_entries_of_other_points_stay(tmp_path: Path) -> None:
     tuned(tmp_path, [1])
     (tmp_path / "journal.jsonl").unlink()
-    tuned(tmp_path, [4])
-    assert set(entries(tmp_path)) == {1, 4}
+    tuned(tmp_path, [24])
+    assert set(entries(tmp_path)) == {1, 24}
 
 
 def test_the_comparison_with_an_exhaustive_search_is_told(tmp_path: Path) -> None:
-    tuned(tmp_path, [1, 4])
-    said = tuned(tmp_path, [1, 4], quality_points=2).lines()
+    tuned(tmp_path, [1, 24])
+    said = tuned(tmp_path, [1, 24], quality_points=2).lines()
     assert "the search against the exhaustive best of 2 random points: 2 within 2 %" in said[2]
     assert "what the files held against the exhaustive best of 2 random points: 0 within 2 %" in said[3]
 
 
 def test_a_plan_with_nothing_tuned_is_refused() -> None:
     with pytest.raises(UsageError, match="no provider has selection 'tuned', so there is nothing to tune"):
-        tune.points_of(tuned_plan([1], providers="smbench"))
+        tune.points_of(tuned_plan([1], provider="smbench"))
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU here")
