@@ -9,6 +9,26 @@ from typing import Any
 
 import pytest
 
+FIXED_FACTS = {
+    "name": "NVIDIA H200",
+    "compute_capability": [9, 0],
+    "memory_bytes": 150754820096,
+    "ecc_enabled": True,
+    "power_limit_w": 700.0,
+    "power_limit_default_w": 700.0,
+    "max_sm_clock_hz": 1980e6,
+    "max_memory_clock_hz": 3201e6,
+    "application_sm_clock_hz": 1980e6,
+    "application_memory_clock_hz": 3201e6,
+    "default_application_sm_clock_hz": 1980e6,
+    "persistence_enabled": True,
+    "mig_enabled": False,
+    "max_pcie_generation": 5,
+    "max_pcie_width": 16,
+    "driver_version": "580.159.04",
+    "cuda_driver_version": "13.0",
+}
+"""What `nvml.fixed_facts` makes of this card's answers."""
 UUID = "GPU-11111111-2222-3333-4444-555555555555"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fake_nvml import UUID, FakeNvml, NVMLErrorNotSupported, install
+from fake_nvml import FIXED_FACTS, UUID, FakeNvml, NVMLErrorNotSupported, install
 from smbench import __version__
 from smbench.identity import environment_id
 from smbench.worker import environment
@@ -70,26 +70,10 @@ def git_checkout(tmp_path: Path) -> Path:
 def test_a_card_is_recorded_with_what_torch_and_the_driver_say(cuda: FakeNvml) -> None:
     facts = capture()
     assert facts["gpu"] == {
-        "name": "NVIDIA H200",
-        "compute_capability": [9, 0],
-        "memory_bytes": 150754820096,
+        **FIXED_FACTS,
         "usable_memory_bytes": 150109880320,
         "sm_count": 132,
         "l2_bytes": 60 << 20,
-        "ecc_enabled": True,
-        "power_limit_w": 700.0,
-        "power_limit_default_w": 700.0,
-        "max_sm_clock_hz": 1980e6,
-        "max_memory_clock_hz": 3201e6,
-        "application_sm_clock_hz": 1980e6,
-        "application_memory_clock_hz": 3201e6,
-        "default_application_sm_clock_hz": 1980e6,
-        "persistence_enabled": True,
-        "mig_enabled": False,
-        "max_pcie_generation": 5,
-        "max_pcie_width": 16,
-        "driver_version": "580.159.04",
-        "cuda_driver_version": "13.0",
     }
     assert (facts["runtime"]["cuda"], facts["runtime"]["cudnn"]) == ("13.0", 91900)
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fake_nvml import UUID, FakeNvml, NVMLError, NVMLErrorNotSupported, install, process
+from fake_nvml import FIXED_FACTS, UUID, FakeNvml, NVMLError, NVMLErrorNotSupported, install, process
 from smbench.nvml import NvmlUnavailable, fixed_facts, instant, open_gpu, other_processes, throttle_reasons
 
 
@@ -17,25 +17,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
 
 
 def test_fixed_facts_are_in_base_units(nvml: FakeNvml) -> None:
-    assert fixed_facts(open_gpu()) == {
-        "name": "NVIDIA H200",
-        "compute_capability": [9, 0],
-        "memory_bytes": 150754820096,
-        "ecc_enabled": True,
-        "power_limit_w": 700.0,
-        "power_limit_default_w": 700.0,
-        "max_sm_clock_hz": 1980e6,
-        "max_memory_clock_hz": 3201e6,
-        "application_sm_clock_hz": 1980e6,
-        "application_memory_clock_hz": 3201e6,
-        "default_application_sm_clock_hz": 1980e6,
-        "persistence_enabled": True,
-        "mig_enabled": False,
-        "max_pcie_generation": 5,
-        "max_pcie_width": 16,
-        "driver_version": "580.159.04",
-        "cuda_driver_version": "13.0",
-    }
+    assert fixed_facts(open_gpu()) == FIXED_FACTS
 
 
 def test_instant_is_in_base_units(nvml: FakeNvml) -> None:
