@@ -30,11 +30,12 @@ def without_figures(folder: Path) -> Analysis:
 def replacements(recipes: Path) -> list[tuple[object, str, object]]:
     """Module, name and what stands there in a test."""
     from smbench import cli, report, resources, runner
+    from smbench.plan import Here
 
     changed: list[tuple[object, str, object]] = [
         (resources, "recipes_dir", lambda: recipes),
         (runner, "run", functools.partial(runner.run, worker_command=WORKER)),
-        (cli, "_device_name", lambda: None),
+        (cli, "_here", Here),
     ]
     if os.environ.get("FAKE_HOST_REPORT"):
         return changed

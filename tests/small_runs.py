@@ -11,6 +11,7 @@ from smbench.cell import Cell
 from smbench.plan import Plan
 from smbench.recipe import Recipe
 from smbench.result import Check, Environment, Measurement, Result, Selection, Session, Work
+from smbench.stacks import Stacks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FAKE_WORKER = Path(__file__).with_name("fake_worker.py")
@@ -108,6 +109,13 @@ hidden_size = "sizes"
 """
 
 
+class AllInstalled(Stacks):
+    """Stacks whose Python can import every package."""
+
+    def missing(self, stack: str, packages: Sequence[str]) -> list[str]:
+        return []
+
+
 def recipe_text(
     sizes: Sequence[int] = (100, 200), providers: Sequence[str] = ("torch",), time_limit_s: float = 60.0
 ) -> bytes:
@@ -124,7 +132,7 @@ def cpu_plan(
     sizes: Sequence[int] = (100, 200), providers: Sequence[str] = ("torch",), time_limit_s: float = 60.0
 ) -> Plan:
     text = recipe_text(sizes, providers, time_limit_s)
-    return plan.make(recipe.parse(text, "small.toml"), text, None, gpu_present=False)
+    return plan.make(recipe.parse(text, "small.toml"), text, None, plan.Here())
 
 
 def cell(hidden_size: int = 100, provider: str = "torch", **axes: int | str) -> Cell:

@@ -9,7 +9,8 @@ import pytest
 from small_runs import cpu_plan, recipe_text
 from smbench import plan, recipe
 from smbench.errors import UsageError
-from smbench.plan import INTERPRETED, VERIFY_ONLY, Plan
+from smbench.plan import INTERPRETED, VERIFY_ONLY, Here, Plan
+from smbench.stacks import NONE, Stacks
 
 ROOT = Path("home")
 
@@ -17,11 +18,13 @@ ROOT = Path("home")
 def made(
     profile: str | None = None,
     gpu_present: bool = False,
+    stacks: Stacks = NONE,
     only: tuple[str, ...] = (),
     in_profile: tuple[str, ...] = ("torch", "ours", "cuda-only", "absent"),
 ) -> Plan:
     text = recipe_text(providers=in_profile)
-    return plan.make(recipe.parse(text, "small.toml"), text, profile, gpu_present, only)
+    here = Here("NVIDIA H200" if gpu_present else None, "sm90" if gpu_present else None, stacks=stacks)
+    return plan.make(recipe.parse(text, "small.toml"), text, profile, here, only)
 
 
 def outcomes(chosen: Plan) -> dict[str, tuple[str | None, str | None, bool]]:
@@ -90,7 +93,7 @@ def test_folders_are_named_after_recipe_and_device() -> None:
 
 def test_a_profile_that_the_machine_would_not_choose_is_part_of_the_folder_name() -> None:
     text = recipe_text().replace(b"profile.full", b"profile.quick")
-    chosen = plan.make(recipe.parse(text, "small.toml"), text, "quick", gpu_present=True)
+    chosen = plan.make(recipe.parse(text, "small.toml"), text, "quick", Here("NVIDIA H200"))
     assert plan.default_folder(chosen, "NVIDIA L40", ROOT) == ROOT / "runs" / "small-l40-quick"
 
 

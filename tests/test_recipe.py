@@ -34,7 +34,7 @@ FAULTS = {
     "unknown key": (
         "verify_only = [",
         "verify_onyl = [",
-        "profile.full.verify_onyl: unknown key; known keys here: device, estimate, grid, measure, providers, "
+        "profile.full.verify_onyl: unknown key; known keys here: device, engine, estimate, grid, measure, providers, "
         "time_limit_s, verify_only; did you mean 'verify_only'?",
     ),
     "unknown key of a row": (
@@ -47,7 +47,8 @@ FAULTS = {
         "seed = 5",
         "seed = 5\nsede = 6",
         "sede: unknown key; known keys here: baseline, document, format, headline, kind, name, profile, "
-        "protocol_version, providers, published, seed, stack, template, title, values; did you mean 'seed'?",
+        "protocol_version, providers, published, seed, stack, template, title, unsupported, values; "
+        "did you mean 'seed'?",
     ),
     "missing key": ("seed = 5\n", "", "seed: this key is missing"),
     "missing table": ("[profile.cpu.estimate]", "[estimate]", "profile.cpu.estimate: this key is missing"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -21,19 +22,19 @@ from smbench.errors import UsageError
 @pytest.fixture(autouse=True)
 def nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells are answered by the fake worker, and no GPU is here."""
-    monkeypatch.setattr(runner, "WORKER", (sys.executable, str(FAKE_WORKER)))
-    monkeypatch.setattr(runner.run, "__defaults__", ((sys.executable, str(FAKE_WORKER)),))
-    monkeypatch.setattr("smbench.cli._device_name", lambda: None)
+    command = (sys.executable, str(FAKE_WORKER))
+    monkeypatch.setattr(runner, "run", functools.partial(runner.run, worker_command=command))
+    monkeypatch.setattr("smbench.cli._here", plan.Here)
 
 
 @pytest.fixture
 def theirs(tmp_path: Path) -> Path:
     """A run of one of the five providers that the profile has."""
     made = plan.make(
-        recipe.parse(fake_run.RECIPE, "lora.toml"), fake_run.RECIPE, "cpu", gpu_present=False, providers=("torch",)
+        recipe.parse(fake_run.RECIPE, "lora.toml"), fake_run.RECIPE, "cpu", plan.Here(), providers=("torch",)
     )
     folder = tmp_path / "theirs"
-    runner.run(made, folder, lambda result: None, lambda warning: None, (sys.executable, str(FAKE_WORKER)))
+    runner.run(made, folder, lambda result: None, lambda warning: None)
     report.render(folder)
     return folder
 
@@ -106,12 +107,12 @@ def test_cells_that_the_recipe_does_not_have_are_refused(tmp_path: Path) -> None
     strange = [small_runs.cell(100), small_runs.cell(100, batch=3)]
     runfolder.create(tmp_path / "theirs", text, "small", "cpu", strange)
     with pytest.raises(UsageError, match="1 of its 2 cells are not in its recipe"):
-        rerun.plan_of(runfolder.load(tmp_path / "theirs"), None, gpu_present=False)
+        rerun.plan_of(runfolder.load(tmp_path / "theirs"), None, plan.Here())
 
 
 def test_an_unknown_profile_lists_those_that_exist(theirs: Path) -> None:
     with pytest.raises(UsageError, match="has no profile 'huge'; known: full, cpu"):
-        rerun.plan_of(runfolder.load(theirs), "huge", gpu_present=False)
+        rerun.plan_of(runfolder.load(theirs), "huge", plan.Here())
 
 
 def test_a_run_goes_into_a_folder_named_after_its_source(tmp_path: Path) -> None:

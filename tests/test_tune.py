@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from small_runs import AllInstalled
 from smbench import plan, recipe, tune
 from smbench.errors import UsageError
 from smbench.runner import WorkerCannotStart
@@ -98,7 +99,7 @@ def test_the_shortlist_is_timed_there_and_back() -> None:
 def tuned_plan(batches: list[int], provider: str = "smbench-tuned") -> plan.Plan:
     """The shipped recipe's plan, at some batches of one operation and size."""
     text = (Path(__file__).parents[1] / "recipes" / "lora.toml").read_bytes()
-    whole = plan.make(recipe.parse(text, "lora.toml"), text, "full", True, is_installed=lambda _: True)
+    whole = plan.make(recipe.parse(text, "lora.toml"), text, "full", plan.Here("NVIDIA H200", stacks=AllInstalled(())))
     entries = [
         entry
         for entry in whole.entries

@@ -18,12 +18,12 @@ class Cell(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["op"]
+    kind: Literal["op", "engine"]
     """What sort of worker runs it."""
     subject: str
-    """The operation."""
+    """The operation, or what engines are asked to do."""
     provider: str
-    """The implementation."""
+    """The implementation, or the engine with its settings."""
     axes: Mapping[str, AxisValue]
     seed: int
     """Seed of the inputs."""

@@ -18,7 +18,7 @@ from smbench.terminal import AsJson
 
 if TYPE_CHECKING:
     from smbench.analysis import Analysis
-    from smbench.plan import Plan
+    from smbench.plan import Here, Plan, Planned
 
 app = typer.Typer(
     help="Repeat published LLM-inference measurements, trust the numbers, send them home.",
@@ -36,6 +36,12 @@ Folder = Annotated[Path | None, typer.Option("--out", help="Run folder (default 
 Providers = Annotated[
     list[str] | None, typer.Option("--provider", help="Only this implementation; may be given several times.")
 ]
+
+ModelName = Annotated[
+    str | None,
+    typer.Option("--model", help="Other weights for engines: NAME@REVISION, a folder, or synthetic:SHAPE."),
+]
+Price = Annotated[float | None, typer.Option("--price", help="What an hour of this machine costs.", min=0)]
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -66,11 +72,12 @@ def plan(
     recipe: RecipeName,
     profile: ProfileName = None,
     provider: Providers = None,
+    model: ModelName = None,
     cells: Annotated[bool, typer.Option("--cells", help="List every cell.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """What `run` would do here: cells, their stack, minutes, and what is unsupported and why."""
-    resolved = _resolve(recipe, profile, provider)
+    resolved = _resolve(recipe, profile, provider, model)
     if as_json:
         terminal.say_json(_plan_json(resolved))
         return
@@ -78,15 +85,12 @@ def plan(
     if cells:
         terminal.say_table(
             ("cell", "what", "stack", "outcome"),
-            [
-                (entry.cell.cell_id, entry.cell.label(), entry.stack, _outcome(entry.unsupported, entry.untimed))
-                for entry in resolved.entries
-            ],
+            [(entry.cell.cell_id, entry.cell.label(), entry.stack, _outcome(entry)) for entry in resolved.entries],
         )
     else:
         groups: dict[tuple[str, str, str, str], int] = {}
         for entry in resolved.entries:
-            outcome = _outcome(entry.unsupported, entry.untimed)
+            outcome = _outcome(entry)
             key = (entry.cell.subject, entry.cell.provider, entry.stack, outcome)
             groups[key] = groups.get(key, 0) + 1
         terminal.say_table(
@@ -103,17 +107,21 @@ def run(
     profile: ProfileName = None,
     out: Folder = None,
     provider: Providers = None,
+    model: ModelName = None,
+    price: Price = None,
     pack: Annotated[bool, typer.Option("--pack/--no-pack", help="Put everything into one file at the end.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Measure a recipe and write its report. The same command again goes on where it stopped."""
     from smbench.plan import default_folder
 
-    resolved = _resolve(recipe, profile, provider)
+    resolved = _resolve(recipe, profile, provider, model)
     folder = out or default_folder(resolved, _device_name(), Path.cwd())
     options = [option for name in provider or () for option in ("--provider", name)]
+    options += ["--model", model] if model else []
+    options += ["--price", f"{price:g}"] if price is not None else []
     command = ["smbench", "run", recipe, "--profile", resolved.profile_name, *options, "--out", terminal.shown(folder)]
-    analysis = _measure(resolved, folder, shlex.join(command))
+    analysis = _measure(resolved, folder, shlex.join(command), price)
     terminal.say_how_it_ended(folder, analysis, as_json, _packed(folder) if pack else None)
 
 
@@ -215,7 +223,7 @@ def rerun(
     from smbench import sides as reading
 
     theirs = reading.read(source)
-    resolved = repeating.plan_of(theirs, profile, _device_name() is not None)
+    resolved = repeating.plan_of(theirs, profile, _here())
     folder = out or repeating.default_folder(source, Path.cwd())
     options = ["--profile", profile] if profile else []
     analysis = _measure(resolved, folder, shlex.join(["smbench", "rerun", str(source), *options, "--out", str(folder)]))
@@ -255,16 +263,16 @@ def main() -> None:
         terminal.fail(str(error), error.exit_code)
 
 
-def _resolve(recipe_name: str, profile: str | None, providers: list[str] | None) -> Plan:
+def _resolve(recipe_name: str, profile: str | None, providers: list[str] | None, model: str | None = None) -> Plan:
     from smbench import plan as plans
     from smbench import recipe, resources
 
     path = recipe.find(recipe_name, resources.recipes_dir())
     loaded = recipe.load(path)
-    return plans.make(loaded, path.read_bytes(), profile, _device_name() is not None, providers or ())
+    return plans.make(loaded, path.read_bytes(), profile, _here(), providers or (), model)
 
 
-def _measure(resolved: Plan, folder: Path, command: str) -> Analysis:
+def _measure(resolved: Plan, folder: Path, command: str, price: float | None = None) -> Analysis:
     """Run a plan in a folder and render its report; `command` is what goes on where this one was stopped."""
     from smbench import report as reports
     from smbench import runfolder, runner
@@ -276,7 +284,7 @@ def _measure(resolved: Plan, folder: Path, command: str) -> Analysis:
         done = runfolder.load(folder).results if (folder / "run.json").exists() else {}
         try:
             with Progress(resolved, done) as progress:
-                runner.run(resolved, folder, progress.advance, terminal.warn)
+                runner.run(resolved, folder, progress.advance, terminal.warn, price_per_hour=price)
             analysis = reports.render(folder)
         except KeyboardInterrupt as stop:
             _stopped(stop, again)
@@ -305,20 +313,34 @@ def _packed(folder: Path) -> Path | None:
     return packed.path if packed else None
 
 
-def _device_name() -> str | None:
-    """The product name of the GPU that a worker would use, None without one."""
+def _here() -> Here:
+    """The machine that a plan is for: the GPU that a worker would use, and the stacks."""
+    import psutil
+
+    from smbench import arch, resources, stacks
     from smbench.nvml import NvmlUnavailable, fixed_facts, open_gpu
+    from smbench.plan import Here
 
     try:
-        return str(fixed_facts(open_gpu()).get("name", "NVIDIA GPU"))
+        facts = fixed_facts(open_gpu())
     except NvmlUnavailable:
-        return None
+        return Here(memory_bytes=psutil.virtual_memory().total, stacks=stacks.here())
+    name = str(facts.get("name", "NVIDIA GPU"))
+    device = arch.load(resources.archs_file()).device_named(name)
+    return Here(name, device.arch if device else None, facts.get("memory_bytes"), stacks.here())
 
 
-def _outcome(unsupported: str | None, untimed: str | None) -> str:
-    if unsupported:
-        return f"unsupported: {unsupported}"
-    return f"verified: {untimed}" if untimed else "timed"
+def _device_name() -> str | None:
+    """The product name of the GPU that a worker would use, None without one."""
+    return _here().device_name
+
+
+def _outcome(entry: Planned) -> str:
+    if entry.unsupported:
+        return f"unsupported: {entry.unsupported}"
+    if entry.skipped:
+        return f"skipped: {entry.skipped}"
+    return f"verified: {entry.untimed}" if entry.untimed else "timed"
 
 
 def _plan_json(plan: Plan) -> dict[str, Any]:
@@ -332,6 +354,7 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
                 **entry.cell.model_dump(),
                 "stack": entry.stack,
                 "unsupported": entry.unsupported,
+                "skipped": entry.skipped,
                 "untimed": entry.untimed,
             }
             for entry in plan.entries

@@ -30,6 +30,8 @@ METRICS = {
         Metric("prefill_latency", "s", "lower", "from handing a batch of prompts to its first tokens"),
         Metric("decode_latency", "s", "lower", "one decode step of a whole batch"),
         Metric("e2e_latency", "s", "lower", "from handing over a request, or a batch run as one, to its last token"),
+        Metric("ttft", "s", "lower", "time to first token: from handing over a request to its first token"),
+        Metric("tpot", "s", "lower", "time per output token: (e2e_latency - ttft) / (output_len - 1)"),
         Metric(
             "prefill_throughput",
             "token/s",

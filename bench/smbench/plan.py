@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from smbench import engineplan, stacks
 from smbench.cell import Cell
+from smbench.engineplan import EngineJob
 from smbench.errors import UsageError
+from smbench.models import Model
 from smbench.recipe import Profile, ProviderRow, Recipe, profile_named
+from smbench.stacks import Stacks
 
 INTERPRETED = "checked under the Triton interpreter, which has no meaningful time: verified, not timed"
 VERIFY_ONLY = "this profile checks the provider and does not time it"
+
+
+@dataclass(frozen=True, slots=True)
+class Here:
+    """The machine that a plan is made for."""
+
+    device_name: str | None = None
+    """None without a GPU."""
+    arch: str | None = None
+    """None without a GPU, or for one whose compute capability is unknown."""
+    memory_bytes: int | None = None
+    """Of the GPU, or of the machine without one; None where unknown."""
+    stacks: Stacks = stacks.NONE
+
+    @property
+    def gpu_present(self) -> bool:
+        """Whether there is a GPU."""
+        return self.device_name is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,16 +43,27 @@ class Planned:
     cell: Cell
     stack: str
     unsupported: str | None
-    """Why it cannot run here; None where it can."""
+    """Why it cannot run on such a machine; None where it can."""
     untimed: str | None
     """Why it is verified and not timed; None where it is timed."""
     interpreted: bool
     """It runs under the Triton interpreter, in a worker of its own."""
+    skipped: str | None = None
+    """Why it does not run this time although it could: its stack is not here."""
+    python: Path = stacks.OWN
+    """What runs its worker."""
+    job: EngineJob | None = None
+    """What its engine is told; None for operations."""
 
     @property
-    def group(self) -> tuple[str, bool]:
-        """Cells of one group share worker processes."""
-        return self.stack, self.interpreted
+    def group(self) -> tuple[str, bool, str]:
+        """Cells of one group share worker processes: one Python, one mode, one engine."""
+        return str(self.python), self.interpreted, self.job.engine if self.job else ""
+
+    @property
+    def runs(self) -> bool:
+        """Whether a worker gets it."""
+        return self.unsupported is None and self.skipped is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +75,8 @@ class Plan:
     """The file as it is, so that the run folder's copy loads again."""
     profile_name: str
     entries: Sequence[Planned]
+    models: Mapping[str, Model] = field(default_factory=dict)
+    """The models that engines load, by their names in cells."""
 
     @property
     def profile(self) -> Profile:
@@ -51,7 +85,7 @@ class Plan:
 
     def estimate_s(self, done: Collection[str] = ()) -> float:
         """Seconds that the cells not in `done` should take, by the recipe's measured cost of a cell."""
-        left = [entry for entry in self.entries if not entry.unsupported and entry.cell.cell_id not in done]
+        left = [entry for entry in self.entries if entry.runs and entry.cell.cell_id not in done]
         estimate = self.profile.estimate
         return len({entry.group for entry in left}) * estimate.startup_s + len(left) * estimate.cell_s
 
@@ -60,17 +94,18 @@ def make(
     recipe: Recipe,
     recipe_text: bytes,
     profile_name: str | None,
-    gpu_present: bool,
+    here: Here,
     providers: Sequence[str] = (),
-    is_installed: Callable[[str], bool] | None = None,
+    model: str | None = None,
 ) -> Plan:
     """Resolve a profile. Without a name the machine decides: a GPU gets `full`, none gets `cpu`.
 
-    `providers` narrows the profile's own list. UsageError names what is unknown, and a profile this machine cannot run.
+    `providers` narrows the profile's own list; `model` stands for every model of an engine recipe. UsageError names
+    what is unknown, a profile this machine cannot run, and a model that is not fit for the recipe.
     """
-    name = profile_name or ("full" if gpu_present else "cpu")
+    name = profile_name or ("full" if here.gpu_present else "cpu")
     profile = profile_named(recipe, name)
-    if profile.device == "cuda" and not gpu_present:
+    if profile.device == "cuda" and not here.gpu_present:
         raise UsageError(
             f"profile {name!r} of recipe {recipe.name!r} needs an NVIDIA GPU and none is visible; "
             f"run PROFILE=cpu, or see `smbench doctor`"
@@ -80,13 +115,17 @@ def make(
             raise UsageError(
                 f"unknown provider {provider!r} in profile {name!r}; known: {', '.join(profile.providers)}"
             )
-    find = is_installed or _is_installed
-    entries = [
-        _planned(cell, recipe, profile, find)
-        for cell in recipe.cells(name)
+    if model is not None and recipe.kind != "engine":
+        raise UsageError(f"recipe {recipe.name!r} has no model to choose: MODEL= is for recipes that run engines")
+    models = engineplan.models_of(recipe, name, model)
+    cells = [
+        cell
+        for cell in recipe.cells(name, {"model": engineplan.only(models)} if model is not None else {})
         if not providers or cell.provider in providers
     ]
-    return Plan(recipe, recipe_text, name, entries)
+    jobs = engineplan.jobs_of(recipe, name, cells, models, here.memory_bytes)
+    entries = [_planned(cell, recipe, profile, here, jobs.get(cell.cell_id)) for cell in cells]
+    return Plan(recipe, recipe_text, name, entries, models)
 
 
 def default_folder(plan: Plan, device_name: str | None, root: Path) -> Path:
@@ -102,21 +141,28 @@ def slug(device_name: str) -> str:
     return "-".join(word for word in words if word not in ("nvidia", "geforce")) or "gpu"
 
 
-def _planned(cell: Cell, recipe: Recipe, profile: Profile, find: Callable[[str], bool]) -> Planned:
+def _planned(cell: Cell, recipe: Recipe, profile: Profile, here: Here, job: EngineJob | None) -> Planned:
     row = recipe.providers[cell.provider]
+    stack = row.stack or recipe.stack
     interpreted = profile.device == "cpu" and row.interpreted
     untimed = INTERPRETED if interpreted else VERIFY_ONLY if cell.provider in profile.verify_only else None
-    unsupported = next(_obstacles(row, profile, find), None)
-    return Planned(cell, recipe.stack, unsupported, untimed, interpreted)
+    unsupported = next(_obstacles(cell, recipe, profile, here, job), None)
+    skipped = None
+    if unsupported is None and row.stack is not None and here.stacks.missing(stack, row.requires):
+        skipped = f"stack {stack!r} is not here; {here.stacks.advice(stack)}"
+    return Planned(cell, stack, unsupported, untimed, interpreted, skipped, here.stacks.python(stack), job)
 
 
-def _obstacles(row: ProviderRow, profile: Profile, find: Callable[[str], bool]) -> Iterator[str]:
+def _obstacles(cell: Cell, recipe: Recipe, profile: Profile, here: Here, job: EngineJob | None) -> Iterator[str]:
+    """Why a cell cannot run on such a machine at all."""
+    row: ProviderRow = recipe.providers[cell.provider]
     if profile.device not in row.devices:
         yield f"needs a device of kind {' or '.join(row.devices)}, this profile runs on {profile.device}"
-    for package in row.requires:
-        if not find(package):
+    if row.archs is not None and here.arch is not None and here.arch not in row.archs:
+        yield f"needs {' or '.join(row.archs)}, this device is {here.arch}"
+    yield from (rule.reason for rule in recipe.unsupported if rule.matches(cell))
+    if job is not None and job.unsupported is not None:
+        yield job.unsupported
+    if row.stack is None:
+        for package in here.stacks.missing(recipe.stack, row.requires):
             yield f"the Python package {package!r} is not installed here"
-
-
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None

@@ -8,12 +8,14 @@ import math
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from smbench.cell import AxisValue, Cell
 from smbench.errors import CorruptError, UsageError
+from smbench.workloads import MEASURES, WORKLOADS
 
 FORMAT = 1
 """Version of the recipe format. History: 1 = first."""
@@ -43,6 +45,16 @@ class ProviderRow(Table):
     """Where its launch parameters must come from; the selection guard holds it to that."""
     interpreted: bool = False
     """A Triton kernel: on a CPU the interpreter runs it, so it can be verified but not timed."""
+    stack: Name | None = None
+    """The stack that has it, where that is not the recipe's."""
+    archs: list[str] | None = None
+    """The archs that it exists for; None for all."""
+    engine: Name | None = None
+    """In recipes of kind `engine`: which driver runs it."""
+    settings: dict[str, int | str | bool] = {}
+    """What the driver is told beyond the axes of a cell, by smbench's names."""
+    kernel: str | None = None
+    """The implementation of linear layers that the engine must report; the selection guard holds it to that."""
 
 
 class MeasureRow(Table):
@@ -72,6 +84,36 @@ class MeasureRow(Table):
         if (self.method == "wall") != (self.l2 == "none"):
             raise ValueError(f"method {self.method!r} cannot have l2 {self.l2!r}: only wall-clock timing has l2 'none'")
         return self
+
+
+class EngineLimits(Table):
+    """`[profile.<name>.engine]`: what all engines of a profile are given alike."""
+
+    max_model_len: Annotated[int, Field(ge=2)]
+    """Context limit in tokens."""
+    max_num_seqs: Annotated[int, Field(ge=1)]
+    """Most requests at a time."""
+    memory_fraction: Annotated[float, Field(gt=0, le=1)]
+    """Part of the device's memory that an engine may take for weights, cache and work space."""
+    kv_cache_bytes: Annotated[int, Field(ge=1)] | None = None
+    """Size of the KV cache, where the device's memory does not decide it."""
+    reference: Name | None = None
+    """Provider whose outputs on the same weights the others are compared with."""
+
+
+class Unsupported(Table):
+    """`[[unsupported]]`: cells that the published document has and no present engine offers."""
+
+    where: dict[str, AxisValue | list[AxisValue]]
+    """Axes, or `provider`, with the values that are meant; all of them must match."""
+    reason: str
+
+    def matches(self, cell: Cell) -> bool:
+        """Whether a cell is meant."""
+        known = {"provider": cell.provider, **cell.axes}
+        return all(
+            known.get(name) in (wanted if isinstance(wanted, list) else [wanted]) for name, wanted in self.where.items()
+        )
 
 
 class Estimate(Table):
@@ -106,6 +148,8 @@ class Grid(Table):
     ops: Annotated[list[str], Field(min_length=1)]
     axes: dict[str, Annotated[list[AxisValue] | str, BeforeValidator(_axis)]]
     """Each axis is a list of values, or the name of a list in `[values]`."""
+    providers: list[str] | None = None
+    """The profile's providers that these points are measured with; None for all."""
 
 
 class Profile(Table):
@@ -120,6 +164,8 @@ class Profile(Table):
     grid: Annotated[list[Grid], Field(min_length=1)]
     measure: Annotated[list[MeasureRow], Field(min_length=1)]
     estimate: Estimate
+    engine: EngineLimits | None = None
+    """In recipes of kind `engine`, and there it must be."""
 
 
 class Recipe(Table):
@@ -132,8 +178,10 @@ class Recipe(Table):
     """Number of the published document that it repeats."""
     protocol_version: Annotated[int, Field(ge=1)]
     """Raised whenever what lies inside a timed interval changes; unlike versions are never compared."""
-    kind: Literal["op"]
+    kind: Literal["op", "engine"]
+    """Whether cells are operations, timed by us, or engines that are asked to serve."""
     stack: str
+    """The stack whose Python runs its cells, where a provider names no other."""
     seed: int
     template: str
     baseline: str
@@ -144,12 +192,13 @@ class Recipe(Table):
     """Files in `recipes/published/` that the report shows beside the measured numbers."""
     values: dict[str, Annotated[list[AxisValue], Field(min_length=1), BeforeValidator(_axis_values)]] = {}
     """Named lists of axis values."""
+    unsupported: list[Unsupported] = []
     providers: Annotated[dict[Name, ProviderRow], Field(min_length=1)]
     profile: Annotated[dict[Name, Profile], Field(min_length=1)]
 
     @model_validator(mode="after")
     def _names_exist(self) -> Self:
-        known_ops = _ops()
+        known_ops = _ops() if self.kind == "op" else WORKLOADS
         for name, profile in self.profile.items():
             at = f"profile.{name}"
             for key in ("providers", "verify_only"):
@@ -157,7 +206,14 @@ class Recipe(Table):
                     _require(provider, self.providers, f"{at}.{key}", "provider")
             for i, grid in enumerate(profile.grid):
                 for op in grid.ops:
-                    _require(op, known_ops, f"{at}.grid[{i}].ops", "op")
+                    _require(op, known_ops, f"{at}.grid[{i}].ops", "op" if self.kind == "op" else "workload")
+                for provider in grid.providers or ():
+                    _require(
+                        provider,
+                        dict.fromkeys(profile.providers),
+                        f"{at}.grid[{i}].providers",
+                        "provider of the profile",
+                    )
                 for axis, values in grid.axes.items():
                     if isinstance(values, str):
                         _require(values, self.values, f"{at}.grid[{i}].axes.{axis}", "list of [values]")
@@ -166,30 +222,72 @@ class Recipe(Table):
             names = [measure.name for measure in profile.measure]
             if len(set(names)) != len(names):
                 raise ValueError(f"{at}.measure: names repeat: {', '.join(names)}")
+            if self.kind == "engine":
+                self._engine_profile(profile, at)
         _require(self.baseline, self.providers, "baseline", "provider")
         measures = {measure.name: measure for profile in self.profile.values() for measure in profile.measure}
         _require(self.headline, measures, "headline", "measure")
         return self
 
+    def _engine_profile(self, profile: Profile, at: str) -> None:
+        """ValueError for what only a profile of engines must have and be."""
+        if profile.engine is None:
+            raise ValueError(f"{at}.engine: this table is missing; a recipe of kind 'engine' needs it")
+        for provider in profile.providers:
+            if self.providers[provider].engine is None:
+                raise ValueError(
+                    f"providers.{provider}.engine: this key is missing; a recipe of kind 'engine' needs it"
+                )
+        if profile.engine.reference is not None:
+            _require(
+                profile.engine.reference,
+                dict.fromkeys(profile.providers),
+                f"{at}.engine.reference",
+                "provider of the profile",
+            )
+        for measure in profile.measure:
+            _require(measure.name, dict.fromkeys(MEASURES), f"{at}.measure", "measure of engines")
+            if measure.method != "wall":
+                raise ValueError(f"{at}.measure: {measure.name}: engines are timed by method 'wall'")
+        if len({(measure.warmup, measure.samples) for measure in profile.measure}) > 1:
+            raise ValueError(f"{at}.measure: all measures are of the same requests: warmup and samples must be equal")
+        for i, grid in enumerate(profile.grid):
+            for workload in grid.ops:
+                rules = WORKLOADS[workload]
+                for axis in rules.keys() ^ grid.axes.keys():
+                    what = "is missing" if axis in rules else "is unknown"
+                    raise ValueError(f"{at}.grid[{i}].axes: {axis!r} {what}; axes of {workload}: {', '.join(rules)}")
+                for axis, values in grid.axes.items():
+                    for value in self.values.get(values, []) if isinstance(values, str) else values:
+                        if fault := rules[axis].fault(axis, value):
+                            raise ValueError(f"{at}.grid[{i}].axes.{axis}: {fault}")
+
     def size(self, profile: str) -> int:
         """Most cells that a profile can have, without making one."""
         chosen = self.profile[profile]
-        lengths = [
-            [len(grid.ops), *(len(self.values[v] if isinstance(v, str) else v) for v in grid.axes.values())]
+        return sum(
+            len(chosen.providers if grid.providers is None else grid.providers)
+            * len(grid.ops)
+            * math.prod(len(self.values[v] if isinstance(v, str) else v) for v in grid.axes.values())
             for grid in chosen.grid
-        ]
-        return len(chosen.providers) * sum(math.prod(row) for row in lengths)
+        )
 
-    def cells(self, profile: str) -> list[Cell]:
-        """Every cell of a profile: points in the order of the file, the providers of a point side by side."""
+    def cells(self, profile: str, instead: Mapping[str, AxisValue] = MappingProxyType({})) -> list[Cell]:
+        """Every cell of a profile: points in the order of the file, the providers of a point side by side.
+
+        `instead` gives axes one value in place of those of the file.
+        """
         chosen = self.profile[profile]
         # by content: hashing thousands of cells takes longer than making them
         found: dict[object, Cell] = {}
         for grid in chosen.grid:
-            axes = [self.values[values] if isinstance(values, str) else values for values in grid.axes.values()]
+            axes = [
+                [instead[axis]] if axis in instead else self.values[values] if isinstance(values, str) else values
+                for axis, values in grid.axes.items()
+            ]
             for op, *values in itertools.product(grid.ops, *axes):
                 point = dict(zip(grid.axes, values, strict=True))
-                for provider in chosen.providers:
+                for provider in chosen.providers if grid.providers is None else grid.providers:
                     cell = Cell(kind=self.kind, subject=op, provider=provider, axes=point, seed=self.seed)
                     found.setdefault((provider, cell.point), cell)
         return list(found.values())

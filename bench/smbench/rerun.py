@@ -10,11 +10,11 @@ from pathlib import Path
 
 from smbench import plan, recipe, resources
 from smbench.errors import UsageError
-from smbench.plan import Plan
+from smbench.plan import Here, Plan
 from smbench.runfolder import Run
 
 
-def plan_of(run: Run, profile: str | None, gpu_present: bool) -> Plan:
+def plan_of(run: Run, profile: str | None, here: Here) -> Plan:
     """The plan that measures the very cells of a run here; another profile of its recipe only where `profile` says so.
 
     UsageError when this machine has no such device, or when this smbench measures the recipe by another protocol.
@@ -22,14 +22,14 @@ def plan_of(run: Run, profile: str | None, gpu_present: bool) -> Plan:
     name = profile or run.profile_name
     _check_protocol(run)
     chosen = recipe.profile_named(run.recipe, name)
-    if chosen.device == "cuda" and not gpu_present:
+    if chosen.device == "cuda" and not here.gpu_present:
         on_cpu = [other for other, row in run.recipe.profile.items() if row.device == "cpu"]
         advice = f"; `--profile {on_cpu[0]}` runs what this machine can, whose numbers compare with none of these"
         raise UsageError(
             f"{run.folder.name} was measured with profile {name!r}, which needs an NVIDIA GPU, and none is visible; "
             f"see `smbench doctor`{advice if on_cpu else ''}"
         )
-    made = plan.make(run.recipe, run.recipe_text, name, gpu_present)
+    made = plan.make(run.recipe, run.recipe_text, name, here)
     if name != run.profile_name:
         return made
     wanted = {cell.cell_id for cell in run.cells}

@@ -54,6 +54,13 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Work(Record):
+    """The least that any implementation must do."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    flops: Annotated[int, Field(ge=0)]
+
+
 class Measurement(Record):
     """Raw samples of one way of timing one cell."""
 
@@ -71,6 +78,8 @@ class Measurement(Record):
     """Every counted sample in order, seconds per call. None is ever dropped."""
     busy_s: Seconds
     """Time that the device spent on these samples, flushes between them included."""
+    work: Work | None = None
+    """Least work of one sample, where the measurements of a cell time different things; else the cell's is meant."""
 
 
 class Check(Record):
@@ -99,11 +108,53 @@ class Selection(Record):
     """Compiled facts by kernel: num_warps, num_stages, shared_bytes, registers, spills."""
 
 
-class Work(Record):
-    """The least that any implementation must do."""
+class Request(Record):
+    """One request to an engine, warm-ups included, in the order in which they were sent."""
 
-    bytes: Annotated[int, Field(ge=0)]
-    flops: Annotated[int, Field(ge=0)]
+    prompt_tokens: Annotated[int, Field(ge=0)]
+    """As the engine counts them."""
+    completion_tokens: Annotated[int, Field(ge=0)]
+    finish_reason: str
+    """The engine's own word; `length` where it generated all that was asked."""
+    cached_tokens: int | None
+    """Prompt tokens that came from a prefix cache; None where the engine does not say."""
+    e2e_s: Seconds
+    """Host clock, from handing over the prompt to having the last token."""
+    ttft_s: Seconds | None
+    """From handing over the prompt to its first token, by the engine's own clock; None where it has none."""
+    output_sha256: str
+    """Of the generated token ids."""
+
+
+class OutputCheck(Record):
+    """How an engine's outputs compared with another engine's on the same weights."""
+
+    passed: bool
+    reference: str
+    """What told the truth, e.g. `transformers, dequantized weights, float32`."""
+    tokens: int
+    """Generated tokens that were compared, each given the reference's own tokens before it where they differ."""
+    equal_tokens: int
+    logprob_error: float | None
+    """Largest difference of a compared token's log-probability, in nats; None where the engine gave none."""
+    logprob_bound: float
+    faults: tuple[str, ...] = ()
+
+
+class Serving(Record):
+    """What an engine said and did in a cell."""
+
+    engine: str
+    version: str
+    kernels: Mapping[str, Mapping[str, int]]
+    """What really runs, by role (`linear`, `attention`): name of the implementation to number of layers."""
+    settings: Facts
+    """Every setting as the engine resolved it."""
+    requests: tuple[Request, ...]
+    memory: Mapping[str, int] = {}
+    """Bytes and tokens that the engine reported: weights_bytes, kv_cache_tokens, peak_bytes."""
+    output: OutputCheck | None = None
+    """None where the profile compares with no reference."""
 
 
 class Result(Record):
@@ -119,6 +170,8 @@ class Result(Record):
     """The environment record that this result was made in; None when no worker came so far."""
     check: Check | None = None
     selection: Selection | None = None
+    serving: Serving | None = None
+    """What only cells of engines have."""
     work: Work | None = None
     measurements: tuple[Measurement, ...] = ()
     telemetry: Facts = {}
@@ -137,9 +190,20 @@ class Result(Record):
             raise ValueError(f"status {self.status!r} {'needs' if self.reason is None else 'takes no'} reason")
         if (self.status == "ok") != bool(self.measurements):
             raise ValueError(f"status {self.status!r} with {len(self.measurements)} measurements")
-        if self.status in ("ok", "verified") and not (self.check and self.check.passed):
+        if self.status in ("ok", "verified") and not self._checked:
             raise ValueError(f"status {self.status!r} without a passed correctness check")
         return self
+
+    @property
+    def _checked(self) -> bool:
+        """An operation was compared with its reference; an engine served requests, and passed where it was compared."""
+        if self.cell.kind == "op":
+            return self.check is not None and self.check.passed
+        return (
+            self.serving is not None
+            and bool(self.serving.requests)
+            and (self.serving.output is None or self.serving.output.passed)
+        )
 
 
 class Environment(Record):
@@ -162,6 +226,8 @@ class Session(Record):
     results: int
     """How many results this session appended."""
     ended: Literal["finished", "interrupted", "failed"]
+    price_per_hour: Annotated[FiniteFloat, Field(ge=0)] | None = None
+    """What the machine costs, in the user's currency; None where nobody said."""
     timer_checks: tuple[Facts, ...] = ()
     """Each worker's timing of a kernel of known length, by method."""
 

@@ -17,11 +17,12 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from smbench import models
 from smbench.errors import UsageError
 from smbench.plan import Plan, Planned
-from smbench.result import Environment, Result, Session
+from smbench.result import Environment, Result, Session, Status
 from smbench.runfolder import Appender, create, load
-from smbench.workerprocess import WORKER, Refused, WorkerProcess, WorkerStopped
+from smbench.workerprocess import WORKER_MODULE, Refused, WorkerProcess, WorkerStopped
 
 MOST_STARTS_WITHOUT_RESULT = 2
 """A worker that dies this often before its first cell will not do better a third time."""
@@ -42,6 +43,7 @@ class _Tally:
     worker_start_s: float = 0.0
     workers: int = 0
     results: int = 0
+    price_per_hour: float | None = None
     timer_checks: list[Mapping[str, Any]] = field(default_factory=list)
 
     def session(self, ended: Literal["finished", "interrupted", "failed"]) -> Session:
@@ -52,6 +54,7 @@ class _Tally:
             workers=self.workers,
             results=self.results,
             ended=ended,
+            price_per_hour=self.price_per_hour,
             timer_checks=tuple(self.timer_checks),
         )
 
@@ -61,9 +64,13 @@ def run(
     folder: Path,
     on_result: OnResult,
     on_warning: Callable[[str], None],
-    worker_command: Sequence[str] = WORKER,
+    worker_command: Sequence[str] | None = None,
+    price_per_hour: float | None = None,
 ) -> None:
-    """Measure every cell of a plan that the folder has no result of. The caller holds the folder's lock.
+    """Measure every cell of a plan that has no result in the folder or was skipped. The caller holds the folder's lock.
+
+    `worker_command` stands for the plan's own choice of a Python for each stack; `price_per_hour` is what the machine
+    costs, in the caller's currency.
 
     KeyboardInterrupt passes through after the session is recorded; OSError when the disk is full, with all results
     that were appended intact; UsageError when the worker refuses the request; WorkerCannotStart when none comes up.
@@ -75,10 +82,12 @@ def run(
             on_warning(appender.set_aside)
         before = load(folder)
         known = {environment.environment_id for environment in before.environments}
-        session = _RunSession(plan, folder, appender, on_result, known, worker_command)
+        session = _RunSession(plan, folder, appender, on_result, on_warning, known, worker_command)
+        session.tally.price_per_hour = price_per_hour
         ended: Literal["finished", "interrupted", "failed"] = "failed"
         try:
-            session.measure([entry for entry in plan.entries if entry.cell.cell_id not in before.results])
+            done = {cell_id: result.status for cell_id, result in before.results.items()}
+            session.measure([entry for entry in plan.entries if _is_missing(entry, done.get(entry.cell.cell_id))])
             ended = "finished"
         except KeyboardInterrupt:
             ended = "interrupted"
@@ -98,13 +107,15 @@ class _RunSession:
         folder: Path,
         appender: Appender,
         on_result: OnResult,
+        on_note: Callable[[str], None],
         known_environments: set[str],
-        worker_command: Sequence[str],
+        worker_command: Sequence[str] | None,
     ) -> None:
         self._plan = plan
         self._folder = folder
         self._appender = appender
         self._on_result = on_result
+        self._on_note = on_note
         self._known = known_environments
         self._worker_command = worker_command
         self._last_words = "none"
@@ -114,7 +125,13 @@ class _RunSession:
         for entry in missing:
             if entry.unsupported:
                 self._record(_without_number(entry, "unsupported", entry.unsupported))
-        runnable = sorted((entry for entry in missing if not entry.unsupported), key=lambda entry: entry.group)
+            elif entry.skipped:
+                self._record(_without_number(entry, "skipped", entry.skipped))
+        runnable = sorted((entry for entry in missing if entry.runs), key=lambda entry: entry.group)
+        for name in dict.fromkeys(str(entry.cell.axes["model"]) for entry in runnable if entry.job):
+            python = next(entry.python for entry in runnable if entry.cell.axes.get("model") == name)
+            if done := models.prepare(self._plan.models[name], python):
+                self._on_note(done)
         for _, members in itertools.groupby(runnable, key=lambda entry: entry.group):
             self._measure_group(list(members))
 
@@ -140,7 +157,8 @@ class _RunSession:
         environment_id: str | None = None
         started_at = _now()
         request = self._request(waiting)
-        with WorkerProcess(self._folder, request, waiting[0].interpreted, self._worker_command) as worker:
+        command = self._worker_command or (str(waiting[0].python), *WORKER_MODULE)
+        with WorkerProcess(self._folder, request, waiting[0].interpreted, command) as worker:
             try:
                 for event in worker.events(self._plan.profile.time_limit_s):
                     match event["event"]:
@@ -152,6 +170,14 @@ class _RunSession:
                             at_hand, started_at = entries[event["cell_id"]], _now()
                         case "result":
                             self._record(_result(entries[event["cell_id"]], event, environment_id))
+                            at_hand = None
+                            done.add(event["cell_id"])
+                        case "died":
+                            # a process of its own ran the cell, so that the worker itself lives on
+                            entry = entries[event["cell_id"]]
+                            self._record(
+                                _without_number(entry, event["status"], event["reason"], environment_id, started_at)
+                            )
                             at_hand = None
                             done.add(event["cell_id"])
             except Refused as refusal:
@@ -167,7 +193,9 @@ class _RunSession:
     def _request(self, entries: Sequence[Planned]) -> dict[str, Any]:
         profile = self._plan.profile
         return {
+            "kind": self._plan.recipe.kind,
             "device": profile.device,
+            "logs": str((self._folder / "logs").resolve()),
             "measures": [row.model_dump(exclude={"title"}) for row in profile.measure],
             "jobs": [
                 {
@@ -177,6 +205,7 @@ class _RunSession:
                     "axes": dict(entry.cell.axes),
                     "seed": entry.cell.seed,
                     "untimed_reason": entry.untimed,
+                    **({"engine": entry.job.request} if entry.job else {}),
                 }
                 for entry in entries
             ],
@@ -209,7 +238,7 @@ def _result(entry: Planned, event: Mapping[str, Any], environment_id: str | None
 
 def _without_number(
     entry: Planned,
-    status: Literal["unsupported", "timeout", "crashed"],
+    status: Literal["unsupported", "skipped", "oom", "timeout", "crashed"],
     reason: str,
     environment_id: str | None = None,
     started_at: str | None = None,
@@ -222,6 +251,11 @@ def _without_number(
         environment_id=environment_id,
         started_at=started_at or _now(),
     )
+
+
+def _is_missing(entry: Planned, status: Status | None) -> bool:
+    """Whether a cell still needs a result: one that was skipped does as soon as its stack is here."""
+    return status is None or (status == "skipped" and entry.skipped is None)
 
 
 def _now() -> str:

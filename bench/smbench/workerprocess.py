@@ -17,8 +17,9 @@ PROTOCOL = 1
 """Version of request and events that this host speaks; the worker refuses any other."""
 START_LIMIT_S = 300.0
 """Imports and device initialization; a cold container on a slow disk is minutes, never this long."""
-WORKER = (sys.executable, "-m", "smbench.worker")
-"""The command that a request file is given to."""
+WORKER_MODULE = ("-m", "smbench.worker")
+"""What a Python is told to run; a request file follows."""
+WORKER = (sys.executable, *WORKER_MODULE)
 LAST_WORDS = 300
 """Characters of the log's end that a reason quotes."""
 

@@ -3,8 +3,9 @@
 Owns the protocol's worker side. Whatever libraries print goes to standard error, which the host keeps as a log.
 
 Events: `ready` (environment, timer checks), `refused` (errors; nothing was measured), `start` (cell_id), `result`,
-`broken` (this process can go on no further), `done`. A tuning request is answered by `ready`, `compiled`, a `tuned`
-for each point, perhaps a `quality` for some, and `done`.
+`broken` (this process can go on no further), `done`. For engines also `request` (one more request of the cell at hand
+is done) and `died` (the cell's own process ended without a result). A tuning request is answered by `ready`,
+`compiled`, a `tuned` for each point, perhaps a `quality` for some, and `done`.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def main(arguments: list[str]) -> int:
     if request["protocol"] != PROTOCOL:
         Events(stream).emit("refused", errors=[f"request has protocol {request['protocol']}, this worker {PROTOCOL}"])
         return 2
-    return serve_tuning(request, Events(stream)) if "points" in request else serve(request, Events(stream))
+    if "points" in request:
+        return serve_tuning(request, Events(stream))
+    return serve_engines(request, Events(stream)) if request["kind"] == "engine" else serve(request, Events(stream))
 
 
 def serve(request: dict[str, Any], events: Events) -> int:
@@ -89,6 +92,13 @@ def serve(request: dict[str, Any], events: Events) -> int:
                 return 3
     events.emit("done")
     return 0
+
+
+def serve_engines(request: dict[str, Any], events: Events) -> int:
+    """Answer a request whose cells are engines: each runs in a process of its own."""
+    from smbench.worker.serving import serve_cells
+
+    return serve_cells(request, events)
 
 
 def serve_tuning(request: dict[str, Any], events: Events) -> int:
