@@ -5,11 +5,12 @@ Refuses before anything is loaded: a model that fits neither card nor context, a
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from smbench import models
+from smbench import enginerules, models
 from smbench.cell import Cell
 from smbench.errors import UsageError
 from smbench.models import Model
@@ -52,15 +53,22 @@ def jobs_of(
 ) -> Mapping[str, EngineJob]:
     """The job of every cell by cell_id; empty for recipes of operations.
 
-    UsageError, with the arithmetic, when a model cannot fit the device or the context.
+    A cell whose engine cannot run it, or cannot hold it in `memory_bytes`, carries the reason. UsageError for an engine
+    that nobody knows, a context too long, and a model too large for every cell, with the arithmetic.
     """
     profile = recipe.profile[profile_name]
     if recipe.kind != "engine" or profile.engine is None:
         return {}
-    limits = profile.engine
+    for provider in dict.fromkeys(cell.provider for cell in cells):
+        _require_known(recipe, provider)
+    jobs = {}
     for name in dict.fromkeys(str(cell.axes["model"]) for cell in cells):
-        _check_fit(recipe, limits, [c for c in cells if c.axes["model"] == name], found[name], memory_bytes)
-    return {cell.cell_id: _job(recipe, profile_name, limits, cell, found[str(cell.axes["model"])]) for cell in cells}
+        mine = [cell for cell in cells if cell.axes["model"] == name]
+        _check_context(recipe, profile.engine, mine, found[name])
+        too_large = _too_large(recipe, profile.engine, mine, found[name], memory_bytes)
+        for cell in mine:
+            jobs[cell.cell_id] = _job(recipe, profile_name, profile.engine, cell, found[name], too_large)
+    return jobs
 
 
 def _named(recipe: Recipe, profile_name: str) -> list[str]:
@@ -69,7 +77,9 @@ def _named(recipe: Recipe, profile_name: str) -> list[str]:
     return list(dict.fromkeys(str(value) for row in rows for value in row))
 
 
-def _job(recipe: Recipe, profile_name: str, limits: EngineLimits, cell: Cell, model: Model) -> EngineJob:
+def _job(
+    recipe: Recipe, profile_name: str, limits: EngineLimits, cell: Cell, model: Model, too_large: Mapping[str, str]
+) -> EngineJob:
     profile = recipe.profile[profile_name]
     row = recipe.providers[cell.provider]
     assert row.engine is not None
@@ -87,45 +97,57 @@ def _job(recipe: Recipe, profile_name: str, limits: EngineLimits, cell: Cell, mo
         "compare": limits.reference is not None,
         "is_reference": cell.provider == limits.reference,
     }
-    return EngineJob(row.engine, request, next(iter(_engine_faults(row.engine, limits, cell)), None))
+    reasons = list(enginerules.faults(row.engine, profile.device, limits, row, cell))
+    if cell.cell_id in too_large:
+        reasons.append(too_large[cell.cell_id])
+    return EngineJob(row.engine, request, "; ".join(reasons) or None)
 
 
-def _engine_faults(engine: str, limits: EngineLimits, cell: Cell) -> list[str]:
-    """What the engine cannot do of this cell, from its own documented rules."""
-    chunk = int(cell.axes["chunk_tokens"])
-    faults = []
-    if engine == "vllm" and chunk < limits.max_num_seqs:
-        faults.append(f"vLLM needs max_num_batched_tokens ({chunk}) of at least max_num_seqs ({limits.max_num_seqs})")
-    if engine == "vllm" and cell.axes["scheduling"] == "whole" and chunk < limits.max_model_len:
-        faults.append(f"whole prompts need max_num_batched_tokens ({chunk}) of max_model_len ({limits.max_model_len})")
-    return faults
+def _require_known(recipe: Recipe, provider: str) -> None:
+    engine = recipe.providers[provider].engine
+    if engine not in enginerules.ENGINES:
+        hint = difflib.get_close_matches(str(engine), enginerules.ENGINES, n=1)
+        did_you_mean = f"; did you mean {hint[0]!r}?" if hint else ""
+        raise UsageError(
+            f"recipe {recipe.name!r}: providers.{provider}.engine: unknown engine {engine!r}; "
+            f"known: {', '.join(enginerules.ENGINES)}{did_you_mean}"
+        )
 
 
-def _check_fit(
-    recipe: Recipe, limits: EngineLimits, cells: Sequence[Cell], model: Model, memory_bytes: int | None
-) -> None:
-    """UsageError where the model, its cache or its context cannot fit, with the arithmetic."""
+def _check_context(recipe: Recipe, limits: EngineLimits, cells: Sequence[Cell], model: Model) -> None:
+    """UsageError where a request is longer than a context, or the context limit than the model's or the cache."""
     facts = model.facts
     longest = max(int(cell.axes["input_len"]) + int(cell.axes["output_len"]) for cell in cells)
+    at = f"recipe {recipe.name!r}, model {model.name}"
     for what, length in (("max_model_len", limits.max_model_len), ("the model's context", facts.context)):
         if longest > length:
             raise UsageError(
-                f"recipe {recipe.name!r}, model {model.name}: a request of {longest} tokens (input_len + output_len) "
-                f"is longer than {what} ({length})"
+                f"{at}: a request of {longest} tokens (input_len + output_len) is longer than {what} ({length})"
             )
     if limits.max_model_len > facts.context:
-        raise UsageError(
-            f"recipe {recipe.name!r}: max_model_len {limits.max_model_len} is more than the context of {model.name} "
-            f"({facts.context})"
-        )
+        raise UsageError(f"{at}: max_model_len {limits.max_model_len} is more than the model's context {facts.context}")
+    if limits.kv_cache_bytes is not None:
+        token = max(facts.kv_token_bytes(str(cell.axes["dtype"])) for cell in cells)
+        if limits.kv_cache_bytes < limits.max_model_len * token:
+            raise UsageError(
+                f"{at}: kv_cache_bytes {limits.kv_cache_bytes} holds {limits.kv_cache_bytes // token} tokens of "
+                f"{token} bytes each, and max_model_len is {limits.max_model_len}"
+            )
+
+
+def _too_large(
+    recipe: Recipe, limits: EngineLimits, cells: Sequence[Cell], model: Model, memory_bytes: int | None
+) -> Mapping[str, str]:
+    """Why cells cannot fit the device, by cell_id. UsageError where none of them does."""
     if memory_bytes is None:
-        return
-    dtype = str(cells[0].axes["dtype"])
-    weights, cache = facts.resident_bytes(dtype), longest * facts.kv_token_bytes(dtype)
-    available = memory_bytes * limits.memory_fraction
-    if weights + cache > available:
-        raise UsageError(
-            f"model {model.name} does not fit: weights {weights / 1e9:.1f} GB + KV cache of one request of {longest} "
-            f"tokens {cache / 1e9:.1f} GB = {(weights + cache) / 1e9:.1f} GB, and {limits.memory_fraction:.0%} of this "
-            f"device's {memory_bytes / 1e9:.1f} GB is {available / 1e9:.1f} GB; take a smaller one with MODEL="
+        return {}
+    needs = {
+        cell.cell_id: enginerules.memory(
+            str(recipe.providers[cell.provider].engine), limits, model.facts, cell, memory_bytes
         )
+        for cell in cells
+    }
+    if not any(need.fits for need in needs.values()):
+        least = min(needs.values(), key=lambda need: need.needed)
+        raise UsageError(f"model {model.name} does not fit: {least.arithmetic()}; take a smaller one with MODEL=")
+    return {cell_id: f"does not fit: {need.arithmetic()}" for cell_id, need in needs.items() if not need.fits}

@@ -148,7 +148,7 @@ def _planned(cell: Cell, recipe: Recipe, profile: Profile, here: Here, job: Engi
     untimed = INTERPRETED if interpreted else VERIFY_ONLY if cell.provider in profile.verify_only else None
     unsupported = next(_obstacles(cell, recipe, profile, here, job), None)
     skipped = None
-    if unsupported is None and row.stack is not None and here.stacks.missing(stack, row.requires):
+    if unsupported is None and _has_own_stack(recipe, row) and here.stacks.missing(stack, row.requires):
         skipped = f"stack {stack!r} is not here; {here.stacks.advice(stack)}"
     return Planned(cell, stack, unsupported, untimed, interpreted, skipped, here.stacks.python(stack), job)
 
@@ -163,6 +163,11 @@ def _obstacles(cell: Cell, recipe: Recipe, profile: Profile, here: Here, job: En
     yield from (rule.reason for rule in recipe.unsupported if rule.matches(cell))
     if job is not None and job.unsupported is not None:
         yield job.unsupported
-    if row.stack is None:
+    if not _has_own_stack(recipe, row):
         for package in here.stacks.missing(recipe.stack, row.requires):
             yield f"the Python package {package!r} is not installed here"
+
+
+def _has_own_stack(recipe: Recipe, row: ProviderRow) -> bool:
+    """Whether a provider comes in an environment that could be here another time: engines always do."""
+    return recipe.kind == "engine" or row.stack is not None

@@ -1,0 +1,175 @@
+"""What each engine takes and what not, as rows: known before anything is loaded, each from its own documented rules.
+
+Owns the rules and the arithmetic of memory. Does not own what a driver finds out when it starts, nor what a kernel may
+refuse for a shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from smbench.cell import Cell
+from smbench.recipe import EngineLimits, ProviderRow
+from smbench.workloads import FLOAT_BYTES, ModelFacts
+
+SGLANG_RESERVED_TOKENS = 2
+"""sglang shortens an output, without an error, that would come closer to the context limit."""
+SGLANG_RESERVED_AFTER_PROMPT = 6
+"""And a prompt that would come this close."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What an engine offers of the axes of `generate`, by kind of device."""
+
+    dtypes: tuple[str, ...]
+    """Of activations on top of GPTQ weights."""
+    attention: Mapping[str, tuple[str, ...]]
+    graphs: Mapping[str, tuple[str, ...]]
+    """A device that is not here cannot run the engine."""
+    schedulings: tuple[str, ...] = ("chunked", "whole")
+    dequantizes: bool = False
+    """It holds the weights in the dtype of the activations, not packed."""
+    more: Callable[[EngineLimits, ProviderRow, Cell], Iterator[str]] | None = None
+    """Faults that follow from more than one axis."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The least that an engine must hold, in bytes, and what it may take."""
+
+    weights: int
+    cache: int
+    cache_tokens: int
+    activations: int
+    step_tokens: int
+    device: int
+    fraction: float
+
+    @property
+    def needed(self) -> int:
+        """All of it."""
+        return self.weights + self.cache + self.activations
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device can hold it."""
+        return self.needed <= self.device * self.fraction
+
+    def arithmetic(self) -> str:
+        """The sum in words."""
+        return (
+            f"weights {_gb(self.weights)} + KV cache of {self.cache_tokens} tokens {_gb(self.cache)} + activations "
+            f"of a step of {self.step_tokens} tokens {_gb(self.activations)} = {_gb(self.needed)}, and "
+            f"{self.fraction:.0%} of this device's {_gb(self.device)} is {_gb(self.device * self.fraction)}"
+        )
+
+
+def faults(engine: str, device: str, limits: EngineLimits, provider: ProviderRow, cell: Cell) -> Iterator[str]:
+    """Why an engine cannot run a cell on a kind of device; nothing where it can, as far as is known before trying."""
+    rules = ENGINES[engine]
+    if device not in rules.graphs:
+        yield f"{engine} runs GPTQ on {' or '.join(rules.graphs)} only, this profile runs on {device}"
+        return
+    offers = {
+        "dtype": rules.dtypes,
+        "attention": rules.attention[device],
+        "graphs": rules.graphs[device],
+        "scheduling": rules.schedulings,
+    }
+    for axis, offered in offers.items():
+        if (value := cell.axes[axis]) not in offered:
+            yield f"{engine} on {device} with GPTQ weights offers {axis} {' or '.join(offered)}, not {value}"
+    if cell.axes["scheduling"] == "whole" and int(cell.axes["chunk_tokens"]) < limits.max_model_len:
+        yield (
+            f"whole prompts need steps as long as the context limit: chunk_tokens {cell.axes['chunk_tokens']} is less "
+            f"than max_model_len {limits.max_model_len}"
+        )
+    if rules.more is not None:
+        yield from rules.more(limits, provider, cell)
+
+
+def memory(engine: str, limits: EngineLimits, facts: ModelFacts, cell: Cell, device_bytes: int) -> Memory:
+    """What a cell needs at least: weights, the cache of one context, and the widest activations of one step.
+
+    The real need is larger: work space of kernels, CUDA graphs, the engine's own tables.
+    """
+    dtype = str(cell.axes["dtype"])
+    held = replace(facts, bits=None, group=None) if ENGINES[engine].dequantizes else facts
+    tokens = limits.max_model_len
+    step = min(int(cell.axes["chunk_tokens"]), tokens)
+    return Memory(
+        weights=held.resident_bytes(dtype),
+        cache=tokens * facts.kv_token_bytes(dtype) if limits.kv_cache_bytes is None else limits.kv_cache_bytes,
+        cache_tokens=tokens if limits.kv_cache_bytes is None else limits.kv_cache_bytes // facts.kv_token_bytes(dtype),
+        # gate and up beside their product
+        activations=3 * facts.intermediate * step * FLOAT_BYTES[dtype],
+        step_tokens=step,
+        device=device_bytes,
+        fraction=limits.memory_fraction,
+    )
+
+
+def _vllm(limits: EngineLimits, provider: ProviderRow, cell: Cell) -> Iterator[str]:
+    chunk = int(cell.axes["chunk_tokens"])
+    if chunk < limits.max_num_seqs:
+        yield f"vLLM needs max_num_batched_tokens ({chunk}) of at least max_num_seqs ({limits.max_num_seqs})"
+    if provider.settings.get("linear_kernel") == "exllama" and cell.axes["dtype"] != "float16":
+        yield f"Exllama takes float16 activations only, not {cell.axes['dtype']}"
+
+
+def _sglang(limits: EngineLimits, provider: ProviderRow, cell: Cell) -> Iterator[str]:
+    chunk, page = int(cell.axes["chunk_tokens"]), int(provider.settings.get("page_size", 1))
+    if cell.axes["scheduling"] == "chunked" and chunk % page:
+        yield f"sglang needs chunked_prefill_size ({chunk}) to be a multiple of page_size ({page})"
+    prompt, output = int(cell.axes["input_len"]), int(cell.axes["output_len"])
+    if prompt + output > limits.max_model_len - SGLANG_RESERVED_TOKENS:
+        yield (
+            f"sglang would silently shorten the output: it keeps {SGLANG_RESERVED_TOKENS} tokens of the context limit "
+            f"({limits.max_model_len}) free, and the request has {prompt + output}"
+        )
+    if prompt > limits.max_model_len - SGLANG_RESERVED_AFTER_PROMPT:
+        yield (
+            f"sglang takes prompts of at most {limits.max_model_len - SGLANG_RESERVED_AFTER_PROMPT} tokens with a "
+            f"context limit of {limits.max_model_len}, not {prompt}"
+        )
+
+
+_GPTQ_DTYPES = ("float16", "bfloat16")
+_ON_A_GPU = ("default", "flash-attention", "flashinfer", "triton")
+
+ENGINES: Mapping[str, Rules] = {
+    # without a GPU there are no CUDA graphs, and one attention backend
+    "vllm": Rules(
+        dtypes=_GPTQ_DTYPES,
+        attention={"cuda": _ON_A_GPU, "cpu": ("default",)},
+        graphs={"cuda": ("default", "full", "eager"), "cpu": ("default", "eager")},
+        more=_vllm,
+    ),
+    # its CPU backend has no GPTQ
+    "sglang": Rules(
+        dtypes=_GPTQ_DTYPES,
+        attention={"cuda": _ON_A_GPU},
+        graphs={"cuda": ("default", "full", "eager")},
+        more=_sglang,
+    ),
+    "transformers": Rules(
+        dtypes=tuple(FLOAT_BYTES),
+        attention={"cuda": ("default",), "cpu": ("default",)},
+        graphs={"cuda": ("default", "eager"), "cpu": ("default", "eager")},
+        dequantizes=True,
+    ),
+    # answers without a model, for tests of everything around an engine
+    "fake": Rules(
+        dtypes=tuple(FLOAT_BYTES),
+        attention={"cuda": _ON_A_GPU, "cpu": _ON_A_GPU},
+        graphs={"cuda": ("default", "full", "eager"), "cpu": ("default", "full", "eager")},
+    ),
+}
+"""Engine to its rules; the names are those of the drivers (`worker.engines`)."""
+
+
+def _gb(count: float) -> str:
+    """Bytes as gigabytes, of 10**9."""
+    return f"{count / 1e9:.2f} GB" if count < 1e10 else f"{count / 1e9:.1f} GB"
