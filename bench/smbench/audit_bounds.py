@@ -47,6 +47,7 @@ def physics(dataset: Dataset) -> Iterator[Finding]:
                 f"{seen.label}: {seen.shown} is impossible on {device.name}{inferred}: at least {say(bound, 's')} = "
                 f"{_arithmetic(seen, device)}; that is {bound / seen.value:.2f} times as fast as the card can be",
                 "another device, fewer tokens or skipped work: log the device and the token counts of every request",
+                about=(seen.label,),
             )
 
 

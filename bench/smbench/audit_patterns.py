@@ -72,6 +72,7 @@ def copied(dataset: Dataset) -> Iterator[Finding]:
                     f"{run.first[-1].label}, and from {run.second[0].label} to {run.second[-1].label}; by chance one "
                     f"expects {places} places × {chance:.2g}^{length} = {expected:.1g} such runs",
                     "one of the two was not measured: ask for the log, or measure again",
+                    about=tuple(seen.label for seen in (*run.first, *run.second)),
                 )
 
 
@@ -94,6 +95,7 @@ def one_configuration(dataset: Dataset) -> Iterator[Finding]:
                     f"{table.name}: {names[0]!r} and {names[1]!r} are one configuration "
                     f"({coordinates(settings[0].items())}), and {read}",
                     "the labels promise a comparison that was not made; log the settings that ran",
+                    about=tuple(seen.label for seen in (*a, *b)),
                 )
             elif equal and None in settings:
                 chance = [min(1.0, seen.quantum / (2 * ALIKE * seen.value)) for seen in a]

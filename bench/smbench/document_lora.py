@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
+from smbench import records
 from smbench.analysis import Comparison
 from smbench.cell import AxisValue
 from smbench.document_lora_defects import Counted, Defects, integer
@@ -288,6 +289,17 @@ class Lora:
             and any(row.summary(measure.name) for p in self.view.providers for row in self.view.rows(p, subject))
         ]
         return [*self.view.plots(), *beside]
+
+    def draw(self, plot: Plot) -> bytes:
+        """The PNG of one of `plots`."""
+        # matplotlib takes most of a second to import, and who checks a report draws nothing
+        from smbench import figures_lora
+
+        return figures_lora.draw(plot, self)
+
+    def records(self) -> Mapping[str, bytes]:
+        """The document's record files, by name."""
+        return {name: records.dump(series) for name, series in records.records(self.view.analysis).items()}
 
 
 def _is(sizes: str, axes: Axes) -> bool:

@@ -72,6 +72,26 @@ def microseconds(seconds: float) -> Markup:
     return Markup(_digits(seconds * 1e6))
 
 
+def seconds(value: float) -> Markup:
+    """A time in seconds without its unit, four digits."""
+    return Markup(f"{value:.4f}" if value < 1 else f"{value:.3f}" if value < 10 else f"{value:.2f}")
+
+
+def milliseconds(seconds: float) -> Markup:
+    """A time in ms without its unit, four digits and never more than three decimals."""
+    return Markup(_digits(seconds * 1e3))
+
+
+def teraflops(rate: float) -> Markup:
+    """A rate in TFLOP/s with its unit."""
+    return Markup(f"{rate / 1e12:.3g} TFLOP/s")
+
+
+def money(amount: float) -> Markup:
+    """A sum in whatever currency its price was in."""
+    return Markup(f"{amount:.2f}")
+
+
 def duration(seconds: float) -> Markup:
     """A span of wall clock with its unit."""
     if seconds < 1:
@@ -153,6 +173,10 @@ def _digits(number: float) -> str:
 
 FILTERS: Mapping[str, Callable[..., Markup]] = {
     "us": optional(microseconds),
+    "s": optional(seconds),
+    "ms": optional(milliseconds),
+    "tflops": optional(teraflops),
+    "money": optional(money),
     "duration": optional(duration),
     "ratio": optional(ratio),
     "percent": optional(percent),

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
+from smbench import guards_engine, guards_image
 from smbench.arch import Device
-from smbench.recipe import Recipe
-from smbench.result import Environment, Measurement, Result, Session
-from smbench.stats import Summary
+from smbench.findings import Evidence, Finding, clocks_hz, timed, work_of
+from smbench.result import Environment, Measurement, Result
+
+__all__ = ["GUARDS", "Evidence", "Finding", "examine", "leaves_of", "names"]
 
 ROOFLINE_SLACK = 1.05
 """A cell may beat the datasheet's bound by this factor before it is refuted: clocks differ between boards."""
@@ -24,41 +24,18 @@ CLOCK_DROP_LIMIT = 0.10
 """Relative drop of the SM clock within a run above which cells are called throttled."""
 TIMER_LIMIT = 0.02
 """Relative error of a kernel of known length above which the timer is not trusted."""
+STACK_FACTS = ("libraries.", "missing", "python.", "runtime.", "variables.")
+"""How the paths of facts begin that belong to the Python of a stack and not to the machine."""
 BENIGN_REASONS = frozenset({"idle", "applications_clocks_setting"})
 """Clock-event reasons that do not slow a running kernel below its set clocks."""
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """What the guards look at."""
-
-    recipe: Recipe
-    device: Device | None
-    """Physical peaks of the card, None where they are unknown."""
-    results: Sequence[Result]
-    summaries: Mapping[tuple[str, str], Summary]
-    """By cell_id and measurement name."""
-    environments: Sequence[Environment]
-    sessions: Sequence[Session]
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that a reader of the numbers must know."""
-
-    guard: str
-    severity: Literal["refuted", "warning", "note"]
-    message: str
-    """What was found, with its arithmetic."""
-    remedy: str
-    cell_id: str | None = None
-    """The cell it is about; None where it is about the whole run."""
 
 
 def correctness(evidence: Evidence) -> Iterator[Finding]:
     """No number on a red gate: every wrong output is named."""
     for result in evidence.results:
-        if result.status == "incorrect":
+        compared = result.serving.output if result.serving else None
+        # what an engine's outputs were compared with is said by the guard `outputs`
+        if result.status == "incorrect" and (compared is None or compared.passed):
             yield Finding(
                 "correctness",
                 "refuted",
@@ -72,7 +49,7 @@ def roofline(evidence: Evidence) -> Iterator[Finding]:
     """Nothing is faster than its bytes or its arithmetic allow. From a warm cache only what exceeds it must move."""
     device = evidence.device
     if device is None or device.memory_bandwidth_bytes_per_s is None:
-        if any(m.method != "wall" for result in evidence.results for m in result.measurements):
+        if any(_on_a_gpu(evidence, m) for result in evidence.results for m in result.measurements):
             yield Finding(
                 "roofline",
                 "note",
@@ -80,35 +57,34 @@ def roofline(evidence: Evidence) -> Iterator[Finding]:
                 "add a row with a source to docker/archs.toml",
             )
         return
-    for result, measurement, summary in _timed(evidence):
-        if result.work is None:
+    for result, measurement, summary in timed(evidence):
+        work = work_of(result, measurement)
+        if work is None:
             continue
-        resident = (device.l2_bytes or 0) if measurement.l2 == "warm" else 0
-        moved = max(0, result.work.bytes - resident)
+        moved = max(0, work.bytes - _resident_bytes(result, measurement, device))
         memory_s = moved / device.memory_bandwidth_bytes_per_s
-        # at the clock that ran: a datasheet states the peak at a lower one than cards reach
-        clock_hz = max(_clocks(result), default=None)
-        peak = device.tensor_peak_flops_per_s(str(result.cell.axes.get("dtype")), clock_hz)
-        compute_s = result.work.flops / peak if peak else 0.0
+        peak = _peak_flops_per_s(evidence, result, device)
+        compute_s = work.flops / peak if peak else 0.0
         bound_s = max(memory_s, compute_s)
         if summary.median * ROOFLINE_SLACK < bound_s:
             what = (
-                f"{moved / 1e6:.2f} MB / {device.memory_bandwidth_bytes_per_s / 1e9:.0f} GB/s"
+                f"{_bytes(moved)} / {device.memory_bandwidth_bytes_per_s / 1e9:.0f} GB/s"
                 if memory_s >= compute_s
-                else f"{result.work.flops / 1e9:.2f} GFLOP / {(peak or 0) / 1e12:.0f} TFLOP/s"
+                else f"{_flops(work.flops)} / {(peak or 0) / 1e12:.0f} TFLOP/s"
             )
             yield Finding(
                 "roofline",
                 "refuted",
-                f"{result.cell.label()}, {measurement.name}: {summary.median * 1e6:.2f} µs is less than the bound "
-                f"{bound_s * 1e6:.2f} µs = {what}",
+                f"{result.cell.label()}, {measurement.name}: {_time(summary.median)} is less than the bound "
+                f"{_time(bound_s)} = {what}",
                 "impossible on this device: look for skipped work, a cached output or a wrong byte count",
                 result.cell_id,
             )
 
 
 def selection(evidence: Evidence) -> Iterator[Finding]:
-    """The configuration that a provider's name promises is the one that ran."""
+    """The configuration, or the kernel of an engine, that a provider's name promises is the one that ran."""
+    yield from guards_engine.selection(evidence)
     for result in evidence.results:
         if result.selection is None or result.status not in ("ok", "verified"):
             continue
@@ -137,10 +113,10 @@ def selection(evidence: Evidence) -> Iterator[Finding]:
 
 def clocks(evidence: Evidence) -> Iterator[Finding]:
     """Clocks stayed up, and nothing held them down."""
-    highest = max((max(_clocks(result)) for result in evidence.results if _clocks(result)), default=0.0)
-    slow = [r for r in evidence.results if _clocks(r) and min(_clocks(r)) < (1 - CLOCK_DROP_LIMIT) * highest]
+    highest = max((max(clocks_hz(result)) for result in evidence.results if clocks_hz(result)), default=0.0)
+    slow = [r for r in evidence.results if clocks_hz(r) and min(clocks_hz(r)) < (1 - CLOCK_DROP_LIMIT) * highest]
     if slow:
-        lowest = min(min(_clocks(result)) for result in slow)
+        lowest = min(min(clocks_hz(result)) for result in slow)
         yield Finding(
             "clocks",
             "warning",
@@ -179,7 +155,7 @@ def spread(evidence: Evidence) -> Iterator[Finding]:
     """Samples of one cell agree."""
     unsteady: dict[str, list[float]] = {}
     total: Counter[str] = Counter()
-    for _, measurement, summary in _timed(evidence):
+    for _, measurement, summary in timed(evidence):
         total[measurement.name] += 1
         if summary.spread > SPREAD_LIMIT:
             unsteady.setdefault(measurement.name, []).append(summary.spread)
@@ -209,13 +185,24 @@ def timer(evidence: Evidence) -> Iterator[Finding]:
 
 
 def environment(evidence: Evidence) -> Iterator[Finding]:
-    """All numbers of a run come from one machine and one set of software."""
-    if len(evidence.environments) > 1:
+    """All numbers of a run come from one machine and one set of software; engines each have software of their own."""
+    differences = _differences(evidence.environments)
+    of_stacks = {key: value for key, value in differences.items() if key.startswith(STACK_FACTS)}
+    if evidence.recipe.kind == "engine" and of_stacks:
+        differences = {key: value for key, value in differences.items() if key not in of_stacks}
+        yield Finding(
+            "environment",
+            "note",
+            f"engines run in stacks of their own: {len(evidence.environments)} environments, which differ in "
+            + "; ".join(f"{key}: {value}" for key, value in of_stacks.items()),
+            "a comparison of engines is one of their whole stacks",
+        )
+    if differences:
         yield Finding(
             "environment",
             "warning",
             f"results of {len(evidence.environments)} different environments are in this run; they differ in "
-            + "; ".join(_differences(evidence.environments)),
+            + "; ".join(f"{key}: {value}" for key, value in differences.items()),
             "measure in one environment, in a fresh folder (`OUT=`), before comparing providers",
         )
     if any(entry.environment.get("source", {}).get("dirty") for entry in evidence.environments):
@@ -242,16 +229,30 @@ def sessions(evidence: Evidence) -> Iterator[Finding]:
 
 GUARDS: Mapping[str, Callable[[Evidence], Iterator[Finding]]] = {
     "correctness": correctness,
+    "outputs": guards_engine.outputs,
+    "tokens": guards_engine.tokens,
+    "prefix_cache": guards_engine.prefix_cache,
     "roofline": roofline,
     "selection": selection,
+    "settings": guards_engine.settings,
     "clocks": clocks,
     "idle": idle,
     "spread": spread,
     "timer": timer,
     "environment": environment,
+    "image": guards_image.forced_arch,
     "sessions": sessions,
 }
 """Every guard by name, in the order that reports print."""
+
+
+ENGINES_ONLY = ("outputs", "tokens", "prefix_cache", "settings")
+"""Guards that have nothing to look at in a recipe of operations."""
+
+
+def names(kind: str) -> list[str]:
+    """The guards that look at recipes of a kind, `op` or `engine`."""
+    return [name for name in GUARDS if kind == "engine" or name not in ENGINES_ONLY]
 
 
 def examine(evidence: Evidence) -> list[Finding]:
@@ -259,26 +260,49 @@ def examine(evidence: Evidence) -> list[Finding]:
     return [finding for guard in GUARDS.values() for finding in guard(evidence)]
 
 
-def _timed(evidence: Evidence) -> Iterator[tuple[Result, Measurement, Summary]]:
-    for result in evidence.results:
-        for measurement in result.measurements:
-            yield result, measurement, evidence.summaries[result.cell_id, measurement.name]
+def _resident_bytes(result: Result, measurement: Measurement, device: Device) -> int:
+    """What of a sample's bytes the last-level cache may have held."""
+    if result.cell.kind == "engine":
+        # nobody empties the cache between the steps of an engine: each may find as much there
+        return (device.l2_bytes or 0) * guards_engine.passes(result.cell, measurement.name)
+    return (device.l2_bytes or 0) if measurement.l2 == "warm" else 0
 
 
-def _clocks(result: Result) -> Sequence[float]:
-    clocks: Sequence[float] = result.telemetry.get("sm_clock_hz", ())
-    return clocks
+def _peak_flops_per_s(evidence: Evidence, result: Result, device: Device) -> float | None:
+    # at the clock that ran: a datasheet states the peak at a lower one than cards reach
+    clock_hz = max(clocks_hz(result), default=None)
+    if result.cell.kind == "engine":
+        return guards_engine.peak_flops_per_s(device, evidence.recipe, result.cell, clock_hz)
+    return device.tensor_peak_flops_per_s(str(result.cell.axes.get("dtype")), clock_hz)
 
 
-def _differences(environments: Sequence[Environment]) -> list[str]:
-    """`key: a | b` for every leaf that is not the same in all environments."""
+def _on_a_gpu(evidence: Evidence, measurement: Measurement) -> bool:
+    """Engines are timed by the host clock wherever they run; operations only without a GPU."""
+    on_cards = any((entry.environment.get("gpu") or {}).get("name") for entry in evidence.environments)
+    return measurement.method != "wall" or (evidence.recipe.kind == "engine" and on_cards)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.2f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
+
+
+def _flops(count: int) -> str:
+    return f"{count / 1e9:.2f} GFLOP" if count < 1e12 else f"{count / 1e12:.2f} TFLOP"
+
+
+def _differences(environments: Sequence[Environment]) -> dict[str, str]:
+    """`a | b` for every leaf that is not the same in all environments, by its key."""
     leaves = [dict(leaves_of(entry.environment)) for entry in environments]
     keys = sorted({key for leaf in leaves for key in leaf})
-    return [
-        f"{key}: " + " | ".join(str(leaf.get(key, "absent")) for leaf in leaves)
+    return {
+        key: " | ".join(str(leaf.get(key, "absent")) for leaf in leaves)
         for key in keys
         if len({str(leaf.get(key)) for leaf in leaves}) > 1
-    ]
+    }
 
 
 def leaves_of(tree: object, path: str = "") -> Iterator[tuple[str, object]]:

@@ -1,26 +1,26 @@
 """From a run folder to report.md, report.html, figures and records. A pure render: owns no number and no sentence.
 
 Equal folders give equal bytes, whenever and wherever they are rendered. Sentences are in `report_templates/`, numbers
-come from `analysis` and the document's module, looks are in `formats` and `figures`.
+come from `analysis` and the document's module, which also draws; looks are in `formats` and `figures`.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Protocol
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from smbench import arch, published, records, resources, runfolder
+from smbench import arch, guards, published, resources, runfolder
 from smbench.analysis import Analysis, Summaries, analyse
 from smbench.arch import Device
 from smbench.errors import UsageError
 from smbench.formats import FILTERS, finalize
-from smbench.guards import GUARDS
 from smbench.machines import Machines
 from smbench.page import render_page
 from smbench.published import Published
@@ -29,12 +29,34 @@ from smbench.runfolder import Run
 from smbench.views import Plot, View
 
 DOCUMENTS: Mapping[str, str] = {
+    "gptq.md.j2": "smbench.document_gptq:Gptq",
     "lora.md.j2": "smbench.document_lora:Lora",
 }
-"""Template to `module:attribute` of what computes its claims: called with a View and the published numbers."""
+"""Template to `module:attribute` of its Document: called with a View and each file of published numbers, or None."""
 
 FOLDERS = ("figures", "records")
 """Folders that belong to the report: files in them that it did not write are removed."""
+
+
+class Document(Protocol):
+    """What a template calls `doc`: it computes what the report claims, beyond what every View knows."""
+
+    @property
+    def view(self) -> View:
+        """The run."""
+
+    @property
+    def published(self) -> Published | None:
+        """The numbers of the document, where the recipe names them."""
+
+    def plots(self) -> list[Plot]:
+        """The figures of the report, in its order."""
+
+    def draw(self, plot: Plot) -> bytes:
+        """The PNG of one of them. Only here may matplotlib be imported: who checks a report draws nothing."""
+
+    def records(self) -> Mapping[str, bytes]:
+        """Files of numbers in the document's own form, by name; they go into `records/`."""
 
 
 def render(folder: Path) -> Analysis:
@@ -55,25 +77,21 @@ def render(folder: Path) -> Analysis:
     return analysis
 
 
-def draw(document: Any) -> dict[str, bytes]:
+def draw(document: Document) -> dict[str, bytes]:
     """The figures of a report by their places in the run folder."""
-    # matplotlib takes most of a second to import, and who checks a report draws nothing
-    from smbench import figures
-
-    return {f"figures/{plot.file}": figures.draw(plot, document) for plot in document.plots()}
+    return {f"figures/{plot.file}": document.draw(plot) for plot in document.plots()}
 
 
-def written(document: Any, run: Run, figures: Mapping[str, bytes]) -> dict[str, bytes]:
+def written(document: Document, run: Run, figures: Mapping[str, bytes]) -> dict[str, bytes]:
     """Every file of a report that is no figure, by its place in the run folder, report.md last.
 
     `figures` are the figures by their places; the page holds them.
     """
-    analysis: Analysis = document.view.analysis
-    series = records.records(analysis)
-    text = render_text(document, run, list(series))
+    records = document.records()
+    text = render_text(document, run, list(records))
     return {
-        **{f"records/{name}": records.dump(content) for name, content in series.items()},
-        "report.html": render_page(text, analysis.recipe.title, figures).encode(),
+        **{f"records/{name}": content for name, content in records.items()},
+        "report.html": render_page(text, document.view.analysis.recipe.title, figures).encode(),
         "report.md": text.encode(),
     }
 
@@ -94,30 +112,37 @@ def device_of(run: Run) -> Device | None:
     return arch.load(resources.archs_file()).device_named(name) if name else None
 
 
-def document_of(analysis: Analysis) -> Any:
+def document_of(analysis: Analysis) -> Document:
     """What the recipe's template calls `doc`. UsageError lists the templates that exist."""
     recipe = analysis.recipe
     if recipe.template not in DOCUMENTS:
         raise UsageError(f"recipe {recipe.name}: unknown template {recipe.template!r}; known: {', '.join(DOCUMENTS)}")
     module, _, attribute = DOCUMENTS[recipe.template].partition(":")
     build = getattr(importlib.import_module(module), attribute)
-    return build(View(analysis), published_numbers(recipe))
+    view = View(analysis)
+    numbers: list[Published | None] = [*published_numbers(recipe)] or [None]
+    try:
+        inspect.signature(build).bind(view, *numbers)
+    except TypeError:
+        raise UsageError(
+            f"recipe {recipe.name}: published: {len(recipe.published)} files, and {recipe.template} shows one at most"
+        ) from None
+    document: Document = build(view, *numbers)
+    return document
 
 
-def published_numbers(recipe: Recipe) -> Published | None:
-    """The numbers that the recipe wants shown beside the measured ones. UsageError for more than one file."""
-    if len(recipe.published) > 1:
-        raise UsageError(f"recipe {recipe.name}: published: one file at most, not {len(recipe.published)}")
+def published_numbers(recipe: Recipe) -> list[Published]:
+    """The files of numbers that the recipe wants shown beside the measured ones, in its order."""
     folder = resources.recipes_dir() / "published"
-    return next((published.load(published.find(name, folder)) for name in recipe.published), None)
+    return [published.load(published.find(name, folder)) for name in recipe.published]
 
 
-def render_text(document: Any, run: Run, record_files: Sequence[str]) -> str:
+def render_text(document: Document, run: Run, record_files: Sequence[str]) -> str:
     """The Markdown of a report. `record_files` are the names that it gives of the files in `records/`."""
-    view = cast(View, document.view)
+    view = document.view
     analysis = view.analysis
     template = markdown_templates().get_template(analysis.recipe.template)
-    plots: list[Plot] = document.plots()
+    plots = document.plots()
     text = template.render(
         doc=document,
         view=view,
@@ -129,7 +154,7 @@ def render_text(document: Any, run: Run, record_files: Sequence[str]) -> str:
         records=record_files,
         warnings=run.warnings,
         smbench_version=run.smbench_version,
-        guards=list(GUARDS),
+        guards=guards.names(analysis.recipe.kind),
     )
     # a part that has nothing to say leaves its blank lines
     return re.sub(r"\n{3,}", "\n\n", text).rstrip("\n") + "\n"

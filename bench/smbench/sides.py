@@ -87,8 +87,13 @@ def _measured(argument: str) -> Side:
 def _entries(run: Run) -> Iterator[Entry]:
     for row in report.analysis_of(run).rows:
         timed = row.result.measurements if row.result and row.summaries else ()
-        timings = {m.name: Timing("duration", m.method, m.l2, (m.samples_s,)) for m in timed}
+        timings = {m.name: Timing(_metric(row.cell, m.name), m.method, m.l2, (m.samples_s,)) for m in timed}
         yield Entry(row.cell, row.status, row.reason, timings)
+
+
+def _metric(cell: Cell, measurement: str) -> str:
+    """What a measurement is of: those of an operation are ways of timing a call, those of an engine are metrics."""
+    return measurement if cell.kind == "engine" else "duration"
 
 
 def _joined(a: Entry, b: Entry) -> Entry:
@@ -109,10 +114,11 @@ def _published(argument: str, against: Side | None, matches: Mapping[str, str]) 
     numbers = published.load(published.find(name, resources.recipes_dir() / "published"))
     if against is not None:
         _check_matches(name, numbers, against, matches)
+    metrics = _metrics(against) if against is not None else {point.metric for point in numbers.points()}
     entries: dict[str, Entry] = {}
     for point in numbers.points():
         provider = _series(point) if against is None else matches.get(_series(point))
-        if provider is None or (against is not None and point.metric != "duration"):
+        if provider is None or point.metric not in metrics:
             continue
         timing = Timing(
             point.metric,
@@ -147,20 +153,29 @@ def _cell(point: Point, numbers: Published, provider: str, against: Side | None)
     seed = next((entry.cell.seed for entry in against.entries.values()), 0) if against else 0
     axes = {name: value for name, value in point.at.items() if name not in NOT_AXES}
     subject = str(point.at.get("op", f"document {numbers.document}"))
-    return Cell(kind="op", subject=subject, provider=provider, axes=axes, seed=seed)
+    kind = next((entry.cell.kind for entry in against.entries.values()), "op") if against else "op"
+    return Cell(kind=kind, subject=subject, provider=provider, axes=axes, seed=seed)
+
+
+def _metrics(side: Side) -> set[str]:
+    """The metrics that a side has numbers of."""
+    return {timing.metric for entry in side.entries.values() for timing in entry.timings.values()}
 
 
 def _measure(timing: Timing, against: Side) -> str:
     """The other side's measurement by the same method and cache state; else one of its names, to be told apart by."""
-    ways = {name: other for entry in against.entries.values() for name, other in entry.timings.items()}
+    timings = [pair for entry in against.entries.values() for pair in entry.timings.items()]
+    ways = {name: other for name, other in timings if other.metric == timing.metric}
     alike = [name for name, other in ways.items() if (other.method, other.l2) == (timing.method, timing.l2)]
     return next(iter([*alike, *ways]), timing.metric)
 
 
 def _check_matches(name: str, numbers: Published, against: Side, matches: Mapping[str, str]) -> None:
-    series = list(dict.fromkeys(_series(point) for point in numbers.points() if point.metric == "duration"))
+    metrics = _metrics(against)
+    series = list(dict.fromkeys(_series(point) for point in numbers.points() if point.metric in metrics))
     ours = list(dict.fromkeys(entry.cell.provider for entry in against.entries.values()))
-    known = f"series of {name}: {', '.join(series) or 'no durations'}; providers of {against.name}: {', '.join(ours)}"
+    found = ", ".join(series) or f"none of {', '.join(sorted(metrics)) or 'any metric'}"
+    known = f"series of {name}: {found}; providers of {against.name}: {', '.join(ours)}"
     if not matches:
         raise UsageError(
             "published numbers are not of our providers: say what is put against what, --match SERIES=PROVIDER; "

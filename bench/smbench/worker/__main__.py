@@ -10,19 +10,18 @@ is done) and `died` (the cell's own process ended without a result). A tuning re
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from smbench.worker.processes import die_with_parent
+
 PROTOCOL = 1
 """Version of request and events. History: 1 = first."""
-_PR_SET_PDEATHSIG = 1
 
 
 class Events:
@@ -58,13 +57,14 @@ def serve(request: dict[str, Any], events: Events) -> int:
     import torch
 
     from smbench.identity import environment_id
-    from smbench.worker import environment, telemetry
+    from smbench.worker import baked, environment, telemetry
     from smbench.worker.op import Job, OpRunner
     from smbench.worker.timing import Spec
 
     device = torch.device(request["device"])
     if device.type == "cuda":
         torch.cuda.init()
+        baked.use()
     runner = OpRunner(device, [Spec(**row) for row in request["measures"]], sys.stderr)
     jobs = [Job(**row) for row in request["jobs"]]
     errors = runner.refusals(jobs)
@@ -124,12 +124,8 @@ def _timer_checks(device: Any, runner: Any) -> list[dict[str, Any]]:
 
 
 def _die_with_the_host() -> None:
-    """Ask Linux to end this process when the host ends, even by SIGKILL: an orphan would disturb the next run."""
-    host = os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != host:
-        sys.exit("the host process has gone")
+    """An orphan would disturb the next run."""
+    die_with_parent(os.getppid())
 
 
 if __name__ == "__main__":
