@@ -7,10 +7,11 @@ import platform
 import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from smbench.stacks import here
 
 SHOWN = ("smbench", "torch", "triton", "numpy", "pydantic")
 
@@ -57,5 +58,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if engine := item.get_closest_marker("engine"):
             name = str(engine.args[0])
-            if find_spec(name) is None:
-                item.add_marker(pytest.mark.skip(reason=f"engine: {name} is not installed"))
+            if here().missing(name, [name]):
+                item.add_marker(pytest.mark.skip(reason=f"engine: {name} is not installed; {here().advice(name)}"))

@@ -120,7 +120,8 @@ def _graphs(setup: Setup) -> dict[str, Any]:
     return {
         "cuda_graph_backend_decode": "full",
         "cuda_graph_bs_decode": [1],
-        "cuda_graph_backend_prefill": "full",
+        # its Triton attention knows no graph of a whole prefill step, only one that is broken at each attention
+        "cuda_graph_backend_prefill": "breakable" if setup.attention == "triton" else "full",
         "cuda_graph_bs_prefill": sorted({chunk, setup.input_len % chunk or chunk}),
     }
 
