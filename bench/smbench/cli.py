@@ -6,6 +6,7 @@ Host modules are imported inside the commands, so that `smbench --help` answers 
 from __future__ import annotations
 
 import errno
+import os
 import shlex
 import signal
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from smbench import evidence, terminal
+from smbench import evidence, launching, terminal
 from smbench.terminal import AsJson
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(evidence.commands)
+app.add_typer(launching.commands)
 
 RecipeName = Annotated[str, typer.Argument(help="Recipe name, see `smbench list`.")]
 ProfileName = Annotated[
@@ -109,20 +111,32 @@ def run(
     provider: Providers = None,
     model: ModelName = None,
     price: Price = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Measure even if this image is of another arch than the card; marked.")
+    ] = False,
     pack: Annotated[bool, typer.Option("--pack/--no-pack", help="Put everything into one file at the end.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Measure a recipe and write its report. The same command again goes on where it stopped."""
+    from smbench import place
     from smbench.plan import default_folder
 
+    # as the first process of a container nobody else ends us, and importing takes a while
+    signal.signal(signal.SIGTERM, _leave)
     resolved = _resolve(recipe, profile, provider, model)
-    folder = out or default_folder(resolved, _device_name(), Path.cwd())
+    if out is None:
+        root, warning = place.runs_root(place.image_here())
+        out = default_folder(resolved, _device_name(), root)
+        if warning:
+            terminal.warn(warning)
     options = [option for name in provider or () for option in ("--provider", name)]
     options += ["--model", model] if model else []
     options += ["--price", f"{price:g}"] if price is not None else []
-    command = ["smbench", "run", recipe, "--profile", resolved.profile_name, *options, "--out", terminal.shown(folder)]
-    analysis = _measure(resolved, folder, shlex.join(command), price)
-    terminal.say_how_it_ended(folder, analysis, as_json, _packed(folder) if pack else None)
+    options += ["--force"] if force else []
+    command = ["smbench", "run", recipe, "--profile", resolved.profile_name, *options, "--out", terminal.shown(out)]
+    analysis = _measure(resolved, out, os.environ.get(place.AGAIN) or shlex.join(command), price, force)
+    signal.signal(signal.SIGTERM, _leave)
+    terminal.say_how_it_ended(out, analysis, as_json, _packed(out) if pack else None)
 
 
 @app.command()
@@ -241,8 +255,14 @@ def rerun(
 def doctor(out: Folder = None, as_json: AsJson = False) -> None:
     """Is this machine fit for measuring: GPU, driver, clocks, other processes, disk, memory; each with a fix."""
     from smbench import doctor as checks
+    from smbench import doctor_image, place
 
-    found = checks.run_checks(out or Path.cwd())
+    image = place.image_here()
+    root = out or place.runs_root(image)[0]
+    found = checks.run_checks(root)
+    if image is not None:
+        found = [check for check in found if check.name not in doctor_image.NOT_OF_AN_IMAGE]
+        found += doctor_image.run_checks(image, _here(), root)
     if as_json:
         terminal.say_json([{"name": c.name, "verdict": c.verdict, "found": c.found, "fix": c.fix} for c in found])
     else:
@@ -272,12 +292,19 @@ def _resolve(recipe_name: str, profile: str | None, providers: list[str] | None,
     return plans.make(loaded, path.read_bytes(), profile, _here(), providers or (), model)
 
 
-def _measure(resolved: Plan, folder: Path, command: str, price: float | None = None) -> Analysis:
+def _measure(resolved: Plan, folder: Path, command: str, price: float | None = None, force: bool = False) -> Analysis:
     """Run a plan in a folder and render its report; `command` is what goes on where this one was stopped."""
+    from smbench import place, runfolder, runner
     from smbench import report as reports
-    from smbench import runfolder, runner
     from smbench.progress import Progress
 
+    image = place.image_here()
+    # workers record it: every result says so
+    os.environ[place.FORCED] = str(int(place.forced_arch(image, _here(), resolved.profile.device, force)))
+    # `launch` has said it where it started this container
+    if image is not None and place.digest() is None and place.AGAIN not in os.environ:
+        terminal.warn(f"this image's digest is unknown, and results say so; start it with -e {place.DIGEST}=sha256:…")
+    place.require_writable(folder)
     again = f"the same command goes on: {command}"
     signal.signal(signal.SIGTERM, _interrupt)
     with runfolder.locked(folder):
@@ -314,20 +341,10 @@ def _packed(folder: Path) -> Path | None:
 
 
 def _here() -> Here:
-    """The machine that a plan is for: the GPU that a worker would use, and the stacks."""
-    import psutil
+    """The machine that a plan is for."""
+    from smbench import place
 
-    from smbench import arch, resources, stacks
-    from smbench.nvml import NvmlUnavailable, fixed_facts, open_gpu
-    from smbench.plan import Here
-
-    try:
-        facts = fixed_facts(open_gpu())
-    except NvmlUnavailable:
-        return Here(memory_bytes=psutil.virtual_memory().total, stacks=stacks.here())
-    name = str(facts.get("name", "NVIDIA GPU"))
-    device = arch.load(resources.archs_file()).device_named(name)
-    return Here(name, device.arch if device else None, facts.get("memory_bytes"), stacks.here())
+    return place.here()
 
 
 def _device_name() -> str | None:
@@ -365,6 +382,12 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
 def _interrupt(signal_number: int, frame: object) -> NoReturn:
     """A spot instance is told to leave by SIGTERM: stop like Ctrl-C, but that is no failure."""
     raise KeyboardInterrupt("SIGTERM")
+
+
+def _leave(signal_number: int, frame: object) -> NoReturn:
+    """SIGTERM before the first cell, or after the last."""
+    typer.echo("stopped; every finished cell is kept; the same command goes on", err=True)
+    raise SystemExit(0)
 
 
 def _stopped(stop: KeyboardInterrupt, again: str) -> NoReturn:

@@ -65,7 +65,12 @@ def torch_build() -> TorchBuild | None:
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         return None
-    text = (Path(next(iter(spec.submodule_search_locations))) / "version.py").read_text(encoding="utf-8")
+    return torch_build_in(Path(next(iter(spec.submodule_search_locations))))
+
+
+def torch_build_in(package: Path) -> TorchBuild:
+    """The torch whose package lies in a folder, of this Python or of another."""
+    text = (package / "version.py").read_text(encoding="utf-8")
     version, cuda = (
         re.search(rf"""^{name}\b[^=\n]*=\s*["']([^"']+)["']""", text, re.MULTILINE) for name in ("__version__", "cuda")
     )

@@ -140,7 +140,7 @@ def capture(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
             "bench_sha256": package_sha256("smbench"),
             "kernels_sha256": package_sha256("smbench_kernels"),
         },
-        "image": image(IMAGE_FILE, missing),
+        "image": image(IMAGE_FILE, missing, environ),
     }
     missing.extend(f"{path}: unknown" for path in _unknown(facts) if not _explained(path, missing))
     return {**facts, "missing": sorted(missing)}
@@ -193,8 +193,11 @@ def package_sha256(name: str) -> str | None:
     return files_sha256((path, files[path].read_bytes()) for path in sorted(files) if "__pycache__" not in path)
 
 
-def image(file: Path, missing: list[str]) -> dict[str, Any]:
-    """What the build wrote into the image; empty outside of an image."""
+def image(file: Path, missing: list[str], environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """What the build wrote into the image, and `digest`, by which it was started; empty outside of an image.
+
+    `forced_arch` is there, and true, where the image is of another arch than the card and the user wanted that.
+    """
     if not file.exists():
         return {}
     try:
@@ -202,7 +205,12 @@ def image(file: Path, missing: list[str]) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         missing.append(f"image: {file.name} is unreadable ({type(error).__name__})")
         return {}
-    return found if isinstance(found, dict) else {"value": found}
+    facts = found if isinstance(found, dict) else {"value": found}
+    digest: str | None = environ.get("SMBENCH_IMAGE_DIGEST", "")
+    if not re.fullmatch(r"sha256:[0-9a-f]{64}", digest or ""):
+        digest = None
+        missing.append("image.digest: not told; SMBENCH_IMAGE_DIGEST=sha256:… says what the container was started by")
+    return {**facts, "digest": digest, **({"forced_arch": True} if environ.get("SMBENCH_FORCED_ARCH") == "1" else {})}
 
 
 def _gpu(torch_gpu: Mapping[str, Any], environ: Mapping[str, str], missing: list[str]) -> dict[str, Any]:
