@@ -183,7 +183,7 @@ class Analysis:
             name: sum(result.phases_s.get(name, 0.0) for result in measured)
             for name in ("inputs", "compile", "check", "capture")
         }
-        kernels = sum(measurement.busy_s for result in measured for measurement in result.measurements)
+        kernels = sum(_busy_s(result) for result in measured)
         wall = sum(session.wall_s for session in self.sessions)
         start = sum(session.worker_start_s for session in self.sessions)
         known = kernels + start + sum(phase.values())
@@ -220,6 +220,12 @@ def summaries_of(results: Sequence[Result]) -> Summaries:
     ]
     found = summarize([measurement.samples_s for _, measurement in keyed])
     return {key: summary for (key, _), summary in zip(keyed, found, strict=True)}
+
+
+def _busy_s(result: Result) -> float:
+    """Device time of a cell. The measures of an operation are taken one after another, those of requests are of one."""
+    each = [measurement.busy_s for measurement in result.measurements]
+    return max(each, default=0.0) if result.cell.kind == "engine" else sum(each)
 
 
 def _row(cell: Cell, result: Result | None, summaries: Summaries, refuted: Finding | None) -> Row:

@@ -55,7 +55,7 @@ def stacks(image: ImageHere, card: Here) -> Iterator[Check]:
         name = f"stack {stack}"
         home = card.stacks.python(stack).parent.parent
         torch = next(home.glob("lib/python3*/site-packages/torch"), None)
-        if not card.stacks.has_folder(stack) or torch is None:
+        if card.stacks.python(stack) == card.stacks.own or torch is None:
             fix = "SMBENCH_STACKS must name the image's own folder of stacks: do not override it"
             yield Check(name, "fail", "its environment is missing", fix)
             continue

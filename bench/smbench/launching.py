@@ -72,6 +72,7 @@ def launch(
     options += ["--force"] if force else []
     if isinstance(chosen, containers.InPlace):
         typer.echo(f"in place: {chosen.reason}", err=True)
+        _make_stack(resolved, card.stacks, dry_run)
         _in_place([sys.executable, "-m", "smbench", "run", recipe, *options], dry_run)
     again = ["smbench", "launch", recipe, *options, *_option("--arch", arch), *_option("--stack", stack)]
     again += _option("--where", None if where == "auto" else where)
@@ -132,6 +133,21 @@ def push(
         terminal.say(f"{repository}:{tag}")
         terminal.say(f"  image     {repository}@{digest}")
         terminal.say(f"  variable  {place.DIGEST}={digest}")
+
+
+def _make_stack(resolved: Plan, stacks: Stacks, dry_run: bool) -> None:
+    """The stack that the recipe cannot do without, where this checkout does not have it yet."""
+    from smbench import stacksetup
+
+    stack = stacksetup.missing_stack(resolved, stacks)
+    command = stacksetup.command(stack) if stack else None
+    if stack is None or command is None:
+        return
+    if dry_run:
+        terminal.say(shlex.join(command))
+    else:
+        typer.echo(f"making stack {stack!r} beside this checkout, once", err=True)
+        stacksetup.make(stack)
 
 
 class _Every(Stacks):

@@ -148,7 +148,7 @@ def _planned(cell: Cell, recipe: Recipe, profile: Profile, here: Here, job: Engi
     untimed = INTERPRETED if interpreted else VERIFY_ONLY if cell.provider in profile.verify_only else None
     unsupported = next(_obstacles(cell, recipe, profile, here, job), None)
     skipped = None
-    if unsupported is None and _has_own_stack(recipe, row) and here.stacks.missing(stack, row.requires):
+    if unsupported is None and _is_absent(stack, recipe, row, here.stacks):
         skipped = f"stack {stack!r} is not here; {here.stacks.advice(stack)}"
     return Planned(cell, stack, unsupported, untimed, interpreted, skipped, here.stacks.python(stack), job)
 
@@ -163,9 +163,14 @@ def _obstacles(cell: Cell, recipe: Recipe, profile: Profile, here: Here, job: En
     yield from (rule.reason for rule in recipe.unsupported if rule.matches(cell))
     if job is not None and job.unsupported is not None:
         yield job.unsupported
-    if not _has_own_stack(recipe, row):
+    if not _has_own_stack(recipe, row) and not here.stacks.lacks(recipe.stack):
         for package in here.stacks.missing(recipe.stack, row.requires):
             yield f"the Python package {package!r} is not installed here"
+
+
+def _is_absent(stack: str, recipe: Recipe, row: ProviderRow, stacks: Stacks) -> bool:
+    """Whether the stack of a provider is not here, and could be elsewhere."""
+    return stacks.lacks(stack) or (_has_own_stack(recipe, row) and bool(stacks.missing(stack, row.requires)))
 
 
 def _has_own_stack(recipe: Recipe, row: ProviderRow) -> bool:

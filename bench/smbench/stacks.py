@@ -34,15 +34,17 @@ class Stacks:
     """Each holds `<stack>/bin/python`."""
     own: Path = OWN
     """The Python of a stack that has no folder."""
+    complete: bool = False
+    """Whether a stack without a folder is not here at all: so in an image, whose own Python has no torch."""
 
     def python(self, stack: str) -> Path:
         """The Python that runs a stack: its own environment where there is one, else this very Python."""
         places = (folder / stack / "bin" / "python" for folder in self.folders)
         return next((place for place in places if place.exists()), self.own)
 
-    def has_folder(self, stack: str) -> bool:
-        """Whether the stack has an environment of its own."""
-        return self.python(stack) != self.own
+    def lacks(self, stack: str) -> bool:
+        """Whether the stack is surely not here, whatever is installed."""
+        return self.complete and self.python(stack) == self.own
 
     def missing(self, stack: str, packages: Sequence[str]) -> list[str]:
         """Those of the packages that the stack's Python cannot import."""
@@ -52,9 +54,7 @@ class Stacks:
         """What to do about a stack that is not here."""
         if os.environ.get("SMBENCH_STACKS"):
             return f"run the same command in an image of stack {stack!r} on the same folder"
-        return (
-            f"`make stack STACK={stack}` installs it beside this checkout; an image of it can complete the same folder"
-        )
+        return f"make stack STACK={stack} installs it beside this checkout; an image of it can complete the same folder"
 
 
 NONE = Stacks(())
@@ -64,7 +64,7 @@ NONE = Stacks(())
 def here() -> Stacks:
     """The stacks of this machine."""
     named = os.environ.get("SMBENCH_STACKS")
-    return Stacks([Path(named)] if named else [REPOSITORY / ".stacks"])
+    return Stacks([Path(named)], complete=True) if named else Stacks([REPOSITORY / ".stacks"])
 
 
 @functools.cache
