@@ -237,3 +237,11 @@ def test_a_cell_survives_its_json(one: Cell) -> None:
     again = Cell.model_validate_json(one.model_dump_json())
     assert again == one
     assert again.cell_id == one.cell_id
+
+
+def test_a_plan_says_which_model_stands_for_those_of_the_recipe() -> None:
+    gptq = recipe.load(Path(__file__).resolve().parents[1] / "recipes" / "gptq.toml")
+    another = {"model": "synthetic:qwen2.5-7b"}
+    assert gptq.instead("full", gptq.cells("full", another)) == another
+    assert gptq.instead("full", gptq.cells("full")) == {}
+    assert {cell.axes["model"] for cell in gptq.cells("full", another)} == {"synthetic:qwen2.5-7b"}

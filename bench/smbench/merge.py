@@ -72,7 +72,8 @@ def _check_alike(first: Run, other: Run) -> None:
 def _plan(runs: Sequence[Run]) -> list[Cell]:
     """The cells that any of the runs planned, in the order of the recipe."""
     planned = {cell.cell_id: cell for run in runs for cell in run.cells}
-    order = [cell.cell_id for cell in runs[0].recipe.cells(runs[0].profile_name)]
+    instead = runs[0].recipe.instead(runs[0].profile_name, runs[0].cells)
+    order = [cell.cell_id for cell in runs[0].recipe.cells(runs[0].profile_name, instead)]
     rest = [cell_id for cell_id in planned if cell_id not in set(order)]
     return [planned[cell_id] for cell_id in (*order, *rest) if cell_id in planned]
 

@@ -6,7 +6,7 @@ import difflib
 import itertools
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
@@ -291,6 +291,16 @@ class Recipe(Table):
                     cell = Cell(kind=self.kind, subject=op, provider=provider, axes=point, seed=self.seed)
                     found.setdefault((provider, cell.point), cell)
         return list(found.values())
+
+
+    def instead(self, profile: str, cells: Iterable[Cell]) -> Mapping[str, AxisValue]:
+        """What the cells of a plan have in place of the file's values: the model that `MODEL=` named, if any."""
+        if self.kind != "engine":
+            return {}
+        # a plan from elsewhere may hold anything
+        named = {cell.axes.get("model", "") for cell in cells}
+        listed = {cell.axes["model"] for cell in self.cells(profile)}
+        return {"model": named.pop()} if len(named) == 1 and not named <= listed else {}
 
 
 def load(path: Path) -> Recipe:

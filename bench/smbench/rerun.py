@@ -29,7 +29,8 @@ def plan_of(run: Run, profile: str | None, here: Here) -> Plan:
             f"{run.folder.name} was measured with profile {name!r}, which needs an NVIDIA GPU, and none is visible; "
             f"see `smbench doctor`{advice if on_cpu else ''}"
         )
-    made = plan.make(run.recipe, run.recipe_text, name, here)
+    model = run.recipe.instead(name, run.cells).get("model") if name == run.profile_name else None
+    made = plan.make(run.recipe, run.recipe_text, name, here, (), str(model) if model is not None else None)
     if name != run.profile_name:
         return made
     wanted = {cell.cell_id for cell in run.cells}

@@ -182,7 +182,8 @@ class _Verification:
         if run.recipe.size(run.profile_name) > MOST_CELLS:
             self._read.corrupt("data/recipe.toml", f"its profile has more than {MOST_CELLS} cells")
         chosen = {cell.provider for cell in run.cells}
-        due = [cell for cell in run.recipe.cells(run.profile_name) if cell.provider in chosen]
+        instead = run.recipe.instead(run.profile_name, run.cells)
+        due = [cell for cell in run.recipe.cells(run.profile_name, instead) if cell.provider in chosen]
         if run.cells != due:
             wrong = next(i for i, pair in enumerate(zip_longest(run.cells, due)) if pair[0] != pair[1])
             self._read.corrupt("data/plan.json", f"cells.{wrong}: the recipe's profile has another cell there, or none")
