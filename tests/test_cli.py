@@ -107,7 +107,8 @@ def test_plan_tells_every_cell_its_stack_the_minutes_and_what_is_impossible_and_
     assert (plan["recipe"], plan["profile"]) == ("lora", "cpu")
     assert plan["estimate_s"] > 0
     assert len({cell["cell_id"] for cell in plan["cells"]}) == len(plan["cells"]) > 0
-    assert {cell["stack"] for cell in plan["cells"]} == {"kernels"}
+    stacks = {cell["provider"]: cell["stack"] for cell in plan["cells"]}
+    assert (stacks["torch"], stacks["smbench"], stacks["vllm"]) == ("kernels", "kernels", "vllm")
     reasons = {cell["unsupported"] for cell in plan["cells"] if cell["provider"] == "vllm"}
     assert reasons == {"needs a device of kind cuda, this profile runs on cpu"}
     assert not any(cell["unsupported"] or cell["untimed"] for cell in plan["cells"] if cell["provider"] == "torch")
