@@ -3,8 +3,8 @@
 set -eu
 cd "$(dirname "$0")/.."
 
-# -I -S: nothing of site or the user's environment is needed to compare a stamp, and both cost time
-if [ -x .venv/bin/python ] && .venv/bin/python -I -S -B bench/setup_venv.py --fresh; then
+# -E -s -S: nothing of site or the user's environment is needed to compare a stamp, and both cost time
+if [ -x .venv/bin/python ] && .venv/bin/python -E -s -S -B bench/setup_venv.py --fresh; then
     exit 0
 fi
 for python in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11}; do

@@ -15,7 +15,16 @@ DEVICES = list(TABLE.device.values())
 GPU_ARCHS = [arch for arch in TABLE.arch.values() if arch.compute_capability is not None]
 
 ROWS = """
-format = 1
+format = 2
+[base]
+image = "debian@sha256:0000000000000000000000000000000000000000000000000000000000000000"
+source = "a registry"
+[worker]
+requires = ["numpy"]
+[stack.vllm]
+title = "vLLM"
+module = "vllm"
+build.cuda = { lock = "vllm.txt", requires = ["vllm==1.0"], torch = "2.0.0" }
 [arch.sm89]
 compute_capability = [8, 9]
 products = ["L4"]
@@ -156,7 +165,9 @@ def test_unknown_key_names_file_path_and_known_keys(tmp_path: Path) -> None:
 
 
 def test_unknown_table_is_an_error(tmp_path: Path) -> None:
-    assert fault(tmp_path, ROWS + "[gpu]\n").startswith("archs.toml: gpu: unknown key; known keys here: arch, device")
+    assert fault(tmp_path, ROWS + "[gpu]\n").startswith(
+        "archs.toml: gpu: unknown key; known keys here: arch, base, device"
+    )
 
 
 @pytest.mark.parametrize(
@@ -169,7 +180,7 @@ def test_unknown_table_is_an_error(tmp_path: Path) -> None:
         ("[8, 9]", "[8]", "arch.sm89.compute_capability"),
         ('source = "a datasheet"', "", "device.NVIDIA L4.source: this key is missing"),
         ('arch = "sm89"', 'arch = "sm99"', "device.NVIDIA L4.arch: unknown arch 'sm99'; known: sm89"),
-        ("format = 1", "format = [", "not valid TOML"),
+        ("format = 2", "format = [", "not valid TOML"),
     ],
 )
 def test_wrong_values_are_named(tmp_path: Path, old: str, new: str, said: str) -> None:
@@ -182,8 +193,8 @@ def test_two_archs_of_one_capability_are_an_error(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CorruptError, match="format 2 is newer"):
-        load(written(tmp_path, ROWS.replace("format = 1", "format = 2")))
+    with pytest.raises(CorruptError, match="format 3 is newer"):
+        load(written(tmp_path, ROWS.replace("format = 2", "format = 3")))
 
 
 def test_the_table_is_immutable() -> None:

@@ -85,7 +85,14 @@ def test_a_wheel_alone_finds_its_data(tmp_path: Path) -> None:
 
 def setup_copy(folder: Path) -> Path:
     """The few files that `make setup` needs before it installs anything."""
-    for name in ("Makefile", "pyproject.toml", "requirements.lock", "bench/setup.sh", "bench/setup_venv.py"):
+    for name in (
+        "Makefile",
+        "pyproject.toml",
+        "requirements.lock",
+        "bench/setup.sh",
+        "bench/setup_venv.py",
+        "bench/locked_venv.py",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
     return folder
@@ -109,7 +116,7 @@ def test_make_alone_lists_every_target() -> None:
 
 def test_make_passes_only_what_is_set() -> None:
     dry = make(ROOT, "--dry-run", "run", "RECIPE=lora", "PROFILE=cpu", "OUT=a folder").stdout
-    assert ".venv/bin/smbench run 'lora' --profile 'cpu' --out 'a folder'\n" in dry
+    assert ".venv/bin/smbench launch 'lora' --profile 'cpu' --out 'a folder'\n" in dry
 
 
 def test_setup_refuses_a_python_that_is_too_old(tmp_path: Path) -> None:

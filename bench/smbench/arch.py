@@ -16,8 +16,8 @@ from pydantic import Field, StrictInt, ValidationError, model_validator
 from smbench.errors import CorruptError, UsageError
 from smbench.recipe import Table, explain
 
-FORMAT = 1
-"""Version of the archs.toml format. History: 1 = arch and device rows."""
+FORMAT = 2
+"""Version of the archs.toml format. History: 1 = arch and device rows; 2 = base, worker and stack rows."""
 
 TensorDtype = Literal["float16", "bfloat16", "tf32"]
 Positive = Annotated[float, Field(gt=0)]
@@ -84,11 +84,53 @@ class Device(Table):
         return None if stated_hz is None else peak * clock_hz / stated_hz
 
 
+class Base(Table):
+    """`[base]`: the image that ours start from."""
+
+    image: Annotated[str, Field(pattern=r"@sha256:[0-9a-f]{64}$")]
+    """By digest, so that it is one image and no tag."""
+    source: Annotated[str, Field(min_length=1)]
+
+
+class Worker(Table):
+    """`[worker]`: what the worker itself imports, besides torch."""
+
+    requires: list[str]
+    """Requirements that every lock of a stack is resolved from as well."""
+
+
+class Build(Table):
+    """`[stack.<name>.build.<cuda or cpu>]`: the packages of a stack for one kind of machine."""
+
+    lock: Annotated[str, Field(pattern=r"^[a-z0-9-]+\.txt$")]
+    """File in docker/locks/ that has all of them by version and hash."""
+    requires: Annotated[list[str], Field(min_length=1)]
+    """Requirements that the lock is resolved from."""
+    without: list[str] = Field(default_factory=list)
+    """Packages that the lock leaves out: torch, where its build is a choice of the machine, or what is not needed."""
+    torch: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)+$")]
+    """Version of torch; installed on its own where `without` names it."""
+
+
+class Stack(Table):
+    """`[stack.<name>]`: one virtual environment of the images, and of `.stacks/` beside a checkout."""
+
+    name: str
+    """The key of the row, such as `vllm`."""
+    title: str
+    module: str
+    """The package that must be importable there."""
+    build: Annotated[dict[Literal["cuda", "cpu"], Build], Field(min_length=1)]
+
+
 class ArchTable(Table):
     """The whole of docker/archs.toml."""
 
     format: int
     arch: dict[str, Arch]
+    base: Base
+    worker: Worker
+    stack: dict[str, Stack]
     device: dict[str, Device]
 
     @model_validator(mode="before")
@@ -99,14 +141,14 @@ class ArchTable(Table):
             return data
         return {
             key: {name: {"name": name, **row} if isinstance(row, dict) else row for name, row in rows.items()}
-            if key in ("arch", "device") and isinstance(rows, dict)
+            if key in ("arch", "stack", "device") and isinstance(rows, dict)
             else rows
             for key, rows in data.items()
         }
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        for table, rows in (("arch", self.arch), ("device", self.device)):
+        for table, rows in (("arch", self.arch), ("stack", self.stack), ("device", self.device)):
             for key, row in rows.items():
                 if row.name != key:
                     raise ValueError(f"{table}.{key}.name: the key is the name; leave `name = {row.name!r}` out")

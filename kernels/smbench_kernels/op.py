@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 if TYPE_CHECKING:
     import torch
 
+    from smbench_kernels.hardware import Hardware
+
 Point: TypeAlias = Mapping[str, int | str]
 """One resolved point of an operation's axes, e.g. `{"batch": 8, "hidden_size": 4096, "dtype": "float16"}`."""
 
@@ -60,6 +62,10 @@ def _nothing() -> None:
     """What is left to do around a call that takes the inputs and writes `y` itself."""
 
 
+def _cloned(_point: Point, inputs: Inputs) -> Inputs:
+    return {name: tensor.clone() for name, tensor in inputs.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A provider bound to one set of inputs."""
@@ -101,6 +107,8 @@ class Tunable:
     """What distinguishes compiled kernels: points and configurations with equal strings share all their binaries."""
     precompile: Callable[[Point, Config, int], str]
     """Compile for a compute capability (80, 86, 89, 90) without a GPU, into Triton's cache; returns the cache key."""
+    default: Callable[[Point, Hardware], Config] | None = None
+    """The configuration that the provider `smbench` takes on a device of these facts; an image ships it compiled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +130,11 @@ class Op:
     """The provider that speed-ups are relative to. It says nothing about correctness."""
     tunable: str | None = None
     """`module:attribute` of a Tunable."""
+    place: Callable[[Point, Inputs], Inputs] = _cloned
+    """A copy of inputs in memory of its own, in the kind of memory that the point asks for: what a provider gets."""
+    redraw: Callable[[Point, Inputs, int], Inputs] | None = None
+    """The same inputs with other integers from a seed. The gate binds each provider to these as well, so that a result
+    that does not follow from them is seen; None where `make_inputs` is all that there is to vary."""
 
     def provider(self, name: str) -> Provider:
         """The provider of that name. KeyError lists the known names; ImportError passes through."""

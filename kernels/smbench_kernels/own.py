@@ -57,6 +57,7 @@ class OwnKernel:
             predict=self.predict,
             binary=self.binary,
             precompile=self.precompile,
+            default=self.default_config,
         )
 
     def predict(self, point: Point, config: Config, device: Mapping[str, float]) -> float:

@@ -78,6 +78,16 @@ def restore(buffers: Inputs, truth: Truth) -> None:
             buffer.copy_(truth.inputs[name])
 
 
+def replace_integers(buffers: Inputs, truth: Truth) -> None:
+    """Put the pristine values of every tensor that is not floating into a provider's buffers, in place.
+
+    Whoever bound a provider to the old values has to bind it anew.
+    """
+    for name, buffer in buffers.items():
+        if not buffer.is_floating_point():
+            buffer.copy_(truth.inputs[name])
+
+
 def examine(
     verdict: Verdict,
     call: Callable[[], None],

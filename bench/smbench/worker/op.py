@@ -11,12 +11,13 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TextIO
 
 import torch
 
 from smbench.worker.compilations import Compilations
-from smbench.worker.gate import Truth, Verdict, examine, restore
+from smbench.worker.gate import Truth, Verdict, examine, replace_integers, restore
 from smbench.worker.timing import Flush, Spec, Timing, capture, measure, measure_wall
 from smbench_kernels.op import Inputs, Op, Point, Prepared, UnsupportedPoint
 from smbench_kernels.registry import op as find_op
@@ -48,12 +49,16 @@ class _Data:
 
     key: tuple[Any, ...]
     truths: list[Truth]
+    redrawn: Truth | None
+    """The second inputs with other integers, where the operation can draw them."""
+    place: Callable[[Inputs], Inputs]
+    """The operation's own, bound to the point."""
     sets: list[Inputs] = field(default_factory=list)
 
     def buffers(self, count: int) -> list[Inputs]:
-        """`count` copies of the inputs, each in memory of its own."""
+        """`count` copies of the inputs, each in memory of its own. UnsupportedPoint where there is no such memory."""
         while len(self.sets) < count:
-            self.sets.append({name: tensor.clone() for name, tensor in self.truths[0].inputs.items()})
+            self.sets.append(self.place(self.truths[0].inputs))
         return self.sets[:count]
 
 
@@ -150,6 +155,8 @@ class OpRunner:
                 restore(buffers, data.truths[1])
                 prepared.begin()
                 examine(verdict, replay, buffers, data.truths[1], "second inputs", prepared.finish)
+                if data.redrawn is not None:
+                    self._examine_redrawn(verdict, prepare, job.axes, buffers, data.truths[0], data.redrawn)
         return {
             "check": verdict.record(),
             "work": {"bytes": work.bytes, "flops": work.flops},
@@ -160,6 +167,26 @@ class OpRunner:
             },
             **self._outcome(job, verdict, timings),
         }
+
+    def _examine_redrawn(
+        self,
+        verdict: Verdict,
+        prepare: Callable[[Point, Inputs], Prepared],
+        point: Point,
+        buffers: Inputs,
+        first: Truth,
+        redrawn: Truth,
+    ) -> None:
+        """Bind the provider anew to other integers: a result that ignores them, or makes too much of them, shows."""
+        restore(buffers, redrawn)
+        replace_integers(buffers, redrawn)
+        try:
+            prepared = prepare(point, dict(buffers))
+            prepared.begin()
+            examine(verdict, prepared.run, buffers, redrawn, "redrawn integers", prepared.finish)
+        finally:
+            # the next provider of the point gets the same buffers
+            replace_integers(buffers, first)
 
     def _outcome(self, job: Job, verdict: Verdict, timings: Mapping[str, Timing]) -> dict[str, Any]:
         if not verdict.passed:
@@ -197,7 +224,10 @@ class OpRunner:
             if spec.l2 == "cold":
                 with _phase(phases, "inputs"):
                     sets = data.buffers(self._cold_sets(spec, data, timings))
-                    calls += [prepare(point, buffers).run for buffers in sets[1:]]
+                    others = [prepare(point, buffers) for buffers in sets[1:]]
+                    for other in others:
+                        other.begin()
+                    calls += [other.run for other in others]
             assert self.stream is not None
             timings[spec.name] = measure(spec, calls, self.stream, self._flush)
             phases["capture"] = phases.get("capture", 0.0) + timings[spec.name].capture_s
@@ -220,7 +250,11 @@ class OpRunner:
             other = op.make_inputs(job.axes, job.seed + CHECK_SEED, self._device)
             # the second round changes the values but not the integer inputs, see `restore`
             second = {name: t if t.is_floating_point() else first[name] for name, t in other.items()}
-            self._data = _Data(key, [Truth.of(op, job.axes, first), Truth.of(op, job.axes, second)])
+            truths = [Truth.of(op, job.axes, inputs) for inputs in (first, second)]
+            redrawn = None
+            if op.redraw is not None:
+                redrawn = Truth.of(op, job.axes, op.redraw(job.axes, second, job.seed + CHECK_SEED))
+            self._data = _Data(key, truths, redrawn, partial(op.place, job.axes))
         return self._data
 
     def _replayed(self, prepared: Prepared) -> Callable[[], None]:

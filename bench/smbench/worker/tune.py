@@ -90,7 +90,7 @@ class PointClock:
         self._sets += [self._clone() for _ in range(count - 1)]
 
     def _clone(self) -> Inputs:
-        return {name: tensor.clone() for name, tensor in self._truth.inputs.items()}
+        return self._op.place(self._point, self._truth.inputs)
 
 
 def tune(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,7 @@
+"""`python -m smbench.images`."""
+
+import sys
+
+from smbench.images.cli import main
+
+sys.exit(main())
