@@ -292,7 +292,6 @@ class Recipe(Table):
                     found.setdefault((provider, cell.point), cell)
         return list(found.values())
 
-
     def instead(self, profile: str, cells: Iterable[Cell]) -> Mapping[str, AxisValue]:
         """What the cells of a plan have in place of the file's values: the model that `MODEL=` named, if any."""
         if self.kind != "engine":
