@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Mapping
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -17,6 +18,8 @@ from markupsafe import Markup
 
 from smbench import resources
 
+FRONT_MATTER = re.compile(r"\A---\n.*?^---\n", re.DOTALL | re.MULTILINE)
+"""What a site generator reads at the top of a post; to a browser it would be a rule and a heading."""
 TEMPLATE = "page.html.j2"
 SCRIPT = "sort.js"
 
@@ -29,7 +32,7 @@ def render_page(markdown: str, title: str, figures: Mapping[str, bytes]) -> str:
     parser = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
     parser.add_render_rule("table_open", lambda *_: '<div class="table" tabindex="0"><table>\n')
     parser.add_render_rule("table_close", lambda *_: "</table></div>\n")
-    tokens = parser.parse(markdown)
+    tokens = parser.parse(FRONT_MATTER.sub("", markdown))
     for token in tokens:
         token.children = [_inlined(child, figures) for child in token.children or ()] or token.children
     script = (resources.templates_dir() / SCRIPT).read_text(encoding="utf-8")

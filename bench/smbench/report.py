@@ -31,6 +31,7 @@ from smbench.views import Plot, View
 DOCUMENTS: Mapping[str, str] = {
     "gptq.md.j2": "smbench.document_gptq:Gptq",
     "lora.md.j2": "smbench.document_lora:Lora",
+    "paged-attention.md.j2": "smbench.document_paged:Paged",
 }
 """Template to `module:attribute` of its Document: called with a View and each file of published numbers, or None."""
 

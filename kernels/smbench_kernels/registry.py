@@ -11,6 +11,7 @@ OPS = {
     "bgmv_expand": "smbench_kernels.bgmv_expand:OP",
     "sgmv_shrink": "smbench_kernels.sgmv_shrink:OP",
     "sgmv_expand": "smbench_kernels.sgmv_expand:OP",
+    "paged_attention": "smbench_kernels.paged_attention:OP",
 }
 """Operation name to `module:attribute`, imported on demand."""
 

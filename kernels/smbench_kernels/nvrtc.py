@@ -1,0 +1,168 @@
+"""Compiles CUDA C++ with NVRTC and launches it on PyTorch's current stream. Owns no kernel.
+
+For kernels whose point is how they load, which Triton decides for itself. Needs what a CUDA build of PyTorch brings
+along: libnvrtc, which PyTorch itself uses, and the driver. No header and no C compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+SHARED_WITHOUT_ASKING = 48 * 1024
+"""Dynamic shared memory above this has to be asked for once per kernel."""
+MAX_DYNAMIC_SHARED, REGISTERS, LOCAL_BYTES, SHARED_BYTES = 8, 4, 3, 1
+"""CU_FUNC_ATTRIBUTE_* of cuda.h."""
+
+
+class CompileError(RuntimeError):
+    """NVRTC refused a source. The message is its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A loaded kernel of one device."""
+
+    name: str
+    _function: ctypes.c_void_p
+
+    def facts(self) -> dict[str, int]:
+        """Registers and spilled bytes of a thread, static shared bytes of a block."""
+        found = {}
+        for key, attribute in (("registers", REGISTERS), ("local_bytes", LOCAL_BYTES), ("shared_bytes", SHARED_BYTES)):
+            value = ctypes.c_int()
+            _driver_call("cuFuncGetAttribute", ctypes.byref(value), attribute, self._function)
+            found[key] = value.value
+        return found
+
+    def launcher(self, grid: Sequence[int], threads: int, shared_bytes: int, arguments: Sequence[Any]) -> Any:
+        """A function that launches on the stream that is current when it is called.
+
+        Arguments are tensors (their address is passed, and they are kept alive), integers (32 bits) and floats (32).
+        """
+        if shared_bytes > SHARED_WITHOUT_ASKING:
+            _driver_call("cuFuncSetAttribute", self._function, MAX_DYNAMIC_SHARED, shared_bytes)
+        values = [_value(argument) for argument in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        launch, function = _driver().cuLaunchKernel, self._function
+        sizes = (*grid, threads, 1, 1, shared_bytes)
+
+        def run() -> None:
+            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+            status = launch(function, *sizes, stream, pointers, None)
+            if status:
+                raise RuntimeError(f"cuLaunchKernel of {self.name} failed with CUDA error {status}")
+
+        # what the pointers point to must live as long as the function
+        run.kept = (values, arguments)  # type: ignore[attr-defined]
+        return run
+
+
+def kernel(source: str, name: str, macros: Mapping[str, int], device: torch.device) -> Kernel:
+    """A kernel of a source, compiled once per process for a device's own architecture.
+
+    CompileError with NVRTC's log; OSError where there is no libnvrtc.
+    """
+    major, minor = torch.cuda.get_device_capability(device)
+    return _loaded(source, name, tuple(sorted(macros.items())), major * 10 + minor)
+
+
+def compiled(source: str, macros: Mapping[str, int], capability: int) -> bytes:
+    """The cubin of a source for a compute capability, from Triton's cache folder where it lies there; needs no GPU."""
+    version = (ctypes.c_int * 2)()
+    nvrtc = _nvrtc()
+    _nvrtc_call(nvrtc.nvrtcVersion(ctypes.byref(version, 0), ctypes.byref(version, ctypes.sizeof(ctypes.c_int))))
+    what = repr((source, sorted(macros.items()), capability, list(version)))
+    path = Path(triton.knobs.cache.dir) / f"nvrtc-{hashlib.sha256(what.encode()).hexdigest()}.cubin"
+    if path.is_file():
+        return path.read_bytes()
+    cubin = compile_source(source, macros, capability)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # in one step, since processes that compile ahead share the folder
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        temporary.write_bytes(cubin)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return cubin
+
+
+def compile_source(source: str, macros: Mapping[str, int], capability: int) -> bytes:
+    """The cubin of a source for a compute capability; needs no GPU. CompileError, OSError as `kernel`."""
+    nvrtc = _nvrtc()
+    program = ctypes.c_void_p()
+    _nvrtc_call(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None))
+    try:
+        options = [f"--gpu-architecture=sm_{capability}", "--std=c++17"]
+        options += [f"-D{name}={value}" for name, value in macros.items()]
+        encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        if nvrtc.nvrtcCompileProgram(program, len(options), encoded):
+            raise CompileError(_text(nvrtc, "ProgramLog", program))
+        size = ctypes.c_size_t()
+        _nvrtc_call(nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size)))
+        cubin = ctypes.create_string_buffer(size.value)
+        _nvrtc_call(nvrtc.nvrtcGetCUBIN(program, cubin))
+        return cubin.raw
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+@cache
+def _loaded(source: str, name: str, macros: tuple[tuple[str, int], ...], capability: int) -> Kernel:
+    cubin = compiled(source, dict(macros), capability)
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    _driver_call("cuModuleLoadData", ctypes.byref(module), cubin)
+    _driver_call("cuModuleGetFunction", ctypes.byref(function), module, name.encode())
+    return Kernel(name, function)
+
+
+def _value(argument: Any) -> Any:
+    if isinstance(argument, torch.Tensor):
+        return ctypes.c_uint64(argument.data_ptr())
+    return ctypes.c_int32(argument) if isinstance(argument, int) else ctypes.c_float(argument)
+
+
+@cache
+def _nvrtc() -> ctypes.CDLL:
+    """libnvrtc of the CUDA version that PyTorch was built with: the loader's, or the one in PyTorch's own packages."""
+    major = (torch.version.cuda or "").partition(".")[0]
+    packages = Path(torch.__file__).parent.parent / "nvidia"
+    found = [path for path in packages.glob("*/lib/libnvrtc.so.*") if re.fullmatch(r"libnvrtc\.so\.\d+", path.name)]
+    fitting = [path for path in found if path.name.endswith(f".{major}")] or found
+    return ctypes.CDLL(str(fitting[0]) if fitting else f"libnvrtc.so.{major}")
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _driver_call(name: str, *arguments: Any) -> None:
+    status = getattr(_driver(), name)(*arguments)
+    if status:
+        raise RuntimeError(f"{name} failed with CUDA error {status}")
+
+
+def _nvrtc_call(status: int) -> None:
+    if status:
+        raise CompileError(f"NVRTC failed with error {status}")
+
+
+def _text(nvrtc: ctypes.CDLL, what: str, program: ctypes.c_void_p) -> str:
+    size = ctypes.c_size_t()
+    getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+    buffer = ctypes.create_string_buffer(size.value)
+    getattr(nvrtc, f"nvrtcGet{what}")(program, buffer)
+    return buffer.value.decode(errors="replace").strip()

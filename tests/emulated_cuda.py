@@ -1,0 +1,69 @@
+"""Kernels in CUDA C++ on a processor: compiled by a C++ compiler against `cuda_emulation.hpp`, run by fibers."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import random
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smbench_kernels import cuda_primitives
+
+HEADER = Path(__file__).with_name("cuda_emulation.hpp")
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+OPTIONS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-Wl,-z,noexecstack")
+
+
+@cache
+def library(source: str, names: tuple[str, ...], macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
+    """The kernels of a source with emulated primitives; AssertionError where it uses PTX of its own."""
+    assert COMPILER
+    own = source.removeprefix(cuda_primitives.SOURCE)
+    assert own != source and "asm" not in own, "a kernel's PTX belongs into cuda_primitives, where it is emulated"
+    own = re.sub(
+        r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];", r"\1 *\2 = (\1 *)dynamic_shared;", own
+    )
+    defined = "".join(f"#define {name} {value}\n" for name, value in macros)
+    text = defined + f'#include "{HEADER}"\n' + own + "".join(f"\nEMULATED({name})" for name in names)
+    key = hashlib.sha256((text + HEADER.read_text()).encode()).hexdigest()
+    folder = Path(tempfile.mkdtemp(prefix="smbench-emulated-"))
+    code, built = folder / f"{key}.cpp", folder / f"{key}.so"
+    code.write_text(text, encoding="utf-8")
+    subprocess.run([COMPILER, *OPTIONS, "-o", str(built), str(code)], check=True)
+    found = ctypes.CDLL(str(built))
+    shutil.rmtree(folder)
+    return found
+
+
+def launch(
+    source: str,
+    name: str,
+    macros: Mapping[str, int],
+    grid: Sequence[int],
+    threads: int,
+    shared_bytes: int,
+    arguments: Sequence[Any],
+    names: Sequence[str] = (),
+) -> None:
+    """Run all blocks of a kernel, in random order. Arguments as of `nvrtc.Kernel.launcher`, tensors on the CPU."""
+    found = library(source, tuple(names) or (name,), tuple(sorted(macros.items())))
+    values: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            assert argument.is_contiguous()
+            values.append(ctypes.c_uint64(argument.data_ptr()))
+        else:
+            values.append(ctypes.c_int32(argument) if isinstance(argument, int) else ctypes.c_float(argument))
+    pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+    blocks = grid[0] * grid[1] * grid[2]
+    order = (ctypes.c_uint32 * blocks)(*random.sample(range(blocks), blocks))
+    getattr(found, f"emulate_{name}")(*grid, threads, shared_bytes, order, pointers)
