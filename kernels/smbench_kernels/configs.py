@@ -27,6 +27,8 @@ FORMAT = 1
 ROOT = Path(__file__).parent / "configs"
 FILE_KEYS = ("format", "op", "device", "triton", "method", "entries")
 ENTRY_KEYS = ("point", "config", "time_s", "candidates")
+TUNE = "`make tune` with the recipe that measures it"
+"""What to do about a missing entry."""
 
 
 class ConfigFileError(ValueError):
@@ -154,7 +156,7 @@ def lookup(tuned: Tuned, point: Point) -> tuple[Config, str]:
             best = (distance, entry)
     if best is None:
         words = ", ".join(f"{key} {value}" for key, value in point.items() if isinstance(value, str))
-        raise UnsupportedPoint(f"{tuned.op} on {tuned.device} has no tuned entry for {words}: `make tune RECIPE=lora`")
+        raise UnsupportedPoint(f"{tuned.op} on {tuned.device} has no tuned entry for {words}: {TUNE}")
     distance, entry = best
     if distance == 0.0:
         return entry.config, "tuned-exact"
@@ -167,7 +169,7 @@ def tuned_config(op: str, point: Point, device: torch.device, root: Path | None 
     name = device_name(device)
     path = path_of(name, op, root or ROOT)
     if not path.exists():
-        raise UnsupportedPoint(f"{op} is not tuned for {name}: `make tune RECIPE=lora`")
+        raise UnsupportedPoint(f"{op} is not tuned for {name}: {TUNE}")
     return _looked_up(path, path.stat().st_mtime_ns, tuple(sorted(point.items())))
 
 
