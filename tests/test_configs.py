@@ -73,12 +73,12 @@ def test_the_nearest_entry_says_what_differs() -> None:
 
 
 def test_another_dtype_has_no_nearest_entry() -> None:
-    with pytest.raises(UnsupportedPoint, match=r"no tuned entry for dtype bfloat16: `make tune RECIPE=lora`"):
+    with pytest.raises(UnsupportedPoint, match=r"no tuned entry for dtype bfloat16: `make tune` with the recipe"):
         configs.lookup(tuned_of(SMALL, LARGE), point_of(1, 1024, "bfloat16"))
 
 
 def test_a_device_without_a_file_is_unsupported_with_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedPoint, match=r"bgmv_shrink is not tuned for cpu: `make tune RECIPE=lora`"):
+    with pytest.raises(UnsupportedPoint, match=r"bgmv_shrink is not tuned for cpu: `make tune` with the recipe"):
         configs.tuned_config("bgmv_shrink", point_of(1, 1024), CPU, tmp_path)
 
 
