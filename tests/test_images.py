@@ -10,6 +10,7 @@ import tarfile
 import tomllib
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -197,8 +198,8 @@ def test_the_command_line_of_an_image_has_the_versions_of_the_checkouts() -> Non
 # --- the command
 
 
-def built(target: Target, **changes: object) -> list[str]:
-    options = command.Options("debian@sha256:00", "sha256:00", torch_index_url="https://x.invalid/cpu", **changes)  # type: ignore[arg-type]
+def built(target: Target, **changes: Any) -> list[str]:
+    options = command.Options("debian@sha256:00", "sha256:00", torch_index_url="https://x.invalid/cpu", **changes)
     source = command.Source("1.2", "abc", 1_700_000_000)
     taken = {"pip_conf": Path("/p/pip.conf"), "ca_bundle": Path("/p/ca.pem")}
     return command.build("docker", target, Path("/ctx"), source, options, taken, {"HTTPS_PROXY": "http://user:word@p"})
