@@ -141,7 +141,12 @@ def _nvrtc() -> ctypes.CDLL:
     packages = Path(torch.__file__).parent.parent / "nvidia"
     found = [path for path in packages.glob("*/lib/libnvrtc.so.*") if re.fullmatch(r"libnvrtc\.so\.\d+", path.name)]
     fitting = [path for path in found if path.name.endswith(f".{major}")] or found
-    return ctypes.CDLL(str(fitting[0]) if fitting else f"libnvrtc.so.{major}")
+    if not fitting:
+        return ctypes.CDLL(f"libnvrtc.so.{major}")
+    # it opens its builtins by name alone, which finds them only where something has loaded them before
+    for builtins in fitting[0].parent.glob("libnvrtc-builtins.so.*"):
+        ctypes.CDLL(str(builtins))
+    return ctypes.CDLL(str(fitting[0]))
 
 
 @cache
