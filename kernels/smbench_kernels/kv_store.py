@@ -1,0 +1,120 @@
+"""Keys and values of users on the host, in chunks of whole pages: the interface of a store, and one in pinned memory.
+
+Owns host memory and what lies where in it. Does not own copies, streams or the device's pages (`kv_cache`). Another
+backend (a database, a remote cache) is another class with the names of `HostStore`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from smbench_kernels.kv_pages import CacheFull, Hold, PageTable
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Sizes of a cache, the same on device and host."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    page_size: int
+    """Tokens of a page."""
+    dtype: torch.dtype
+
+    @property
+    def page_shape(self) -> tuple[int, int, int, int]:
+        """Of one page of one layer: keys and values, token, head, element (the layout that kernels call NHD)."""
+        return (2, self.page_size, self.heads, self.head_dim)
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token in all layers."""
+        return self.layers * 2 * self.heads * self.head_dim * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Chunks of a user that stay where they are until the lease is given back."""
+
+    user: int
+    first: int
+    """Index of the first of them among the user's chunks."""
+    chunks: Sequence[torch.Tensor]
+    """Each [layers, pages of a chunk, 2, page_size, heads, head_dim]."""
+    holds: Sequence[Hold] = ()
+
+
+class HostStore(Protocol):
+    """What holds the chunks of users that a device has no room for."""
+
+    chunk_tokens: int
+    """Tokens of a chunk, whole pages."""
+
+    def tokens(self, user: int) -> int:
+        """Tokens of a user that are stored, from the first on: a multiple of `chunk_tokens`."""
+
+    def room(self, user: int, chunks: int) -> Lease | None:
+        """Memory for that many further chunks of a user, to be written before the lease is given back.
+
+        None where the store has no room for them; it may drop other users that no lease protects.
+        """
+
+    def read(self, user: int) -> Lease:
+        """All chunks of a user. KeyError for one that is not stored."""
+
+    def give_back(self, lease: Lease) -> None:
+        """The chunks were read, or written."""
+
+
+class PinnedStore:
+    """A store in page-locked host memory, so that copies to and from a device run beside everything else.
+
+    One block of `capacity` chunks, allocated at once; who was used longest ago is dropped first.
+    """
+
+    def __init__(self, sizes: Sizes, capacity: int, chunk_tokens: int, pinned: bool) -> None:
+        if chunk_tokens % sizes.page_size:
+            raise ValueError(f"a chunk of {chunk_tokens} tokens is no whole number of pages of {sizes.page_size}")
+        self.chunk_tokens = chunk_tokens
+        self._table = PageTable(capacity, chunk_tokens)
+        shape = (capacity, sizes.layers, chunk_tokens // sizes.page_size, *sizes.page_shape)
+        self._chunks = torch.empty(shape, dtype=sizes.dtype, pin_memory=pinned)
+
+    @property
+    def users(self) -> int:
+        """Users that have something stored."""
+        return len(self._table)
+
+    def tokens(self, user: int) -> int:
+        """As `HostStore`."""
+        return self._table.tokens(user)
+
+    def room(self, user: int, chunks: int) -> Lease | None:
+        """As `HostStore`."""
+        stored = self._table.tokens(user)
+        try:
+            growth = self._table.grow([user], [stored + chunks * self.chunk_tokens])
+        except CacheFull:
+            return None
+        first = stored // self.chunk_tokens
+        ids = growth.placements[0].pages[first:]
+        return Lease(user, first, [self._chunks[int(index)] for index in ids], [self._table.hold(user)])
+
+    def read(self, user: int) -> Lease:
+        """As `HostStore`."""
+        if user not in self._table:
+            raise KeyError(f"user {user} has nothing stored")
+        # reading is using
+        self._table.grow([user], [self._table.tokens(user)])
+        chunks = [self._chunks[int(index)] for index in self._table.pages_of(user)]
+        return Lease(user, 0, chunks, [self._table.hold(user)])
+
+    def give_back(self, lease: Lease) -> None:
+        """As `HostStore`."""
+        for hold in lease.holds:
+            self._table.release(hold)

@@ -1,0 +1,146 @@
+"""The cache with its host store: a step finds in its pages what earlier steps put there, wherever it was since."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smbench_kernels.hstu_paged import PagedBatch, append_reference
+from smbench_kernels.kv_cache import KVCache, Step
+from smbench_kernels.kv_pages import CacheFull
+from smbench_kernels.kv_store import PinnedStore, Sizes
+
+SIZES = Sizes(layers=2, heads=2, head_dim=4, page_size=4, dtype=torch.float32)
+CPU = torch.device("cpu")
+CHUNK = 8
+
+
+def cache_of(pages: int, chunks: int = 0) -> KVCache:
+    store = PinnedStore(SIZES, chunks, CHUNK, pinned=False) if chunks else None
+    return KVCache(SIZES, pages, CPU, store)
+
+
+def keys(user: int, first: int, last: int, layer: int) -> torch.Tensor:
+    """Rows that name their user, token and layer: [tokens, heads, head_dim]."""
+    rows = torch.arange(first, last, dtype=torch.float32)[:, None, None] + 1000 * user + 1e6 * layer
+    return rows.expand(-1, SIZES.heads, SIZES.head_dim)
+
+
+def write(cache: KVCache, step: Step) -> None:
+    """Append the new history of a step in all layers; values are the keys' negatives."""
+    news = [total - cached for total, cached in zip(step.totals, step.cached, strict=True)]
+    offsets = torch.tensor([0, *news], dtype=torch.int32).cumsum(0).int()
+    batch = PagedBatch(
+        offsets,
+        torch.zeros(len(news), dtype=torch.int32),
+        torch.tensor(step.totals, dtype=torch.int32),
+        torch.from_numpy(step.page_offsets),
+        torch.from_numpy(step.page_ids),
+        SIZES.page_size,
+        max(news),
+        1,
+    )
+    for layer in range(SIZES.layers):
+        cache.wait(step, layer)
+        parts = zip(step.users, step.cached, step.totals, strict=True)
+        k = torch.cat([keys(user, cached, total, layer) for user, cached, total in parts])
+        append_reference(cache.pool[layer], k, -k, batch)
+
+
+def assert_whole(cache: KVCache, step: Step) -> None:
+    """Every token of every user of a step is where the step says, in every layer."""
+    for index, (user, total) in enumerate(zip(step.users, step.totals, strict=True)):
+        pages = step.page_ids[step.page_offsets[index] : step.page_offsets[index + 1]]
+        for layer in range(SIZES.layers):
+            held = cache.pool[layer, torch.from_numpy(pages).long()]
+            for part, sign in ((0, 1), (1, -1)):
+                assert torch.equal(held[:, part].flatten(0, 1)[:total], sign * keys(user, 0, total, layer))
+
+
+def run(cache: KVCache, users: list[int], totals: list[int]) -> Step:
+    step = cache.begin(users, totals)
+    write(cache, step)
+    assert_whole(cache, step)
+    cache.finish(step)
+    return step
+
+
+STEPS = st.lists(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 9)), min_size=1, max_size=3, unique_by=lambda row: row[0]),
+    min_size=1,
+    max_size=25,
+)
+
+
+@given(STEPS, st.integers(12, 24), st.sampled_from([0, 4, 9]))
+@settings(max_examples=120, deadline=None)
+def test_every_step_finds_its_users_histories_whole(
+    steps: list[list[tuple[int, int]]], pages: int, chunks: int
+) -> None:
+    cache = cache_of(pages, chunks)
+    histories: dict[int, int] = {}
+    for rows in steps:
+        users = [user for user, _ in rows]
+        totals = [histories.get(user, 0) + more for user, more in rows]
+        # the device cannot hold more than its pages: such a step is refused whole
+        if sum(-(-total // SIZES.page_size) for total in totals) > pages:
+            with pytest.raises(CacheFull):
+                cache.begin(users, totals)
+            continue
+        step = run(cache, users, totals)
+        histories.update(zip(users, totals, strict=True))
+        for source, cached, before in zip(step.sources, step.cached, step.totals, strict=True):
+            assert (source == "none") == (cached == 0)
+            assert cached <= before
+    assert cache.table.leaving_pages == 0
+    owned = sum(len(cache.table.pages_of(user)) for user in cache.table)
+    assert owned + cache.table.free_pages == pages
+
+
+def test_a_user_who_lost_the_device_comes_back_from_the_host_in_whole_chunks() -> None:
+    cache = cache_of(pages=6, chunks=8)
+    run(cache, [1], [21])
+    run(cache, [2], [24])
+    assert 1 not in cache.table
+    step = run(cache, [1], [23])
+    # two chunks of eight were whole, the five tokens after them were lost with the pages
+    assert (step.sources, step.cached, step.evicted) == (["host"], [16], [2])
+    assert cache.counts["onloaded_bytes"] == 16 * SIZES.token_bytes
+    assert cache.counts["offloaded_bytes"] == (16 + 24) * SIZES.token_bytes
+    assert cache.counts["evicted_users"] == 2
+
+
+def test_without_a_host_a_lost_user_begins_anew() -> None:
+    cache = cache_of(pages=4)
+    run(cache, [1], [16])
+    run(cache, [2], [16])
+    step = run(cache, [1], [16])
+    assert (step.sources, step.cached) == (["none"], [0])
+
+
+def test_a_host_without_room_is_counted_and_does_no_harm() -> None:
+    cache = cache_of(pages=16, chunks=2)
+    run(cache, [1], [40])
+    assert cache.counts["chunks_not_stored"] == 5
+    assert cache.counts["offloaded_bytes"] == 0
+    assert run(cache, [1], [41]).sources == ["device"]
+
+
+def test_a_step_that_does_not_fit_leaves_everything_as_it_was() -> None:
+    cache = cache_of(pages=4, chunks=4)
+    run(cache, [1], [16])
+    running = cache.begin([2], [8])
+    # user 2's pages are in use, and user 3 needs three of four
+    with pytest.raises(CacheFull, match="pages of 4 tokens are missing"):
+        cache.begin([3], [12])
+    assert list(cache.table) == [2]
+    write(cache, running)
+    cache.finish(running)
+    assert run(cache, [3], [12]).evicted == [2]
+
+
+def test_chunks_are_whole_pages() -> None:
+    with pytest.raises(ValueError, match="10 tokens is no whole number of pages of 4"):
+        PinnedStore(SIZES, 4, 10, pinned=False)
