@@ -1,0 +1,86 @@
+"""A stack of HSTU layers for inference over a paged cache. Owns which kernels a layer is made of, not the cache.
+
+On a CUDA device the layer's parts are our kernels; elsewhere they are PyTorch's, in the dtype of the input, as is the
+truth. Weights are those of the training layer (`hstu.parameters`), dropout is off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from smbench_kernels import hstu_linear as linear
+from smbench_kernels import hstu_norm as norm
+from smbench_kernels import hstu_paged_attention as paged
+from smbench_kernels.hstu import EPS, Shape, split_uvqk
+from smbench_kernels.hstu_paged import PagedBatch, append_reference, paged_attention_reference
+
+Parameters = Mapping[str, torch.Tensor]
+Wait = Callable[[int], None]
+"""Called with a layer's index before anything of that layer reads the cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Layers of one shape."""
+
+    shape: Shape
+    layers: Sequence[Parameters]
+
+    def __call__(
+        self, x: torch.Tensor, batch: PagedBatch, pool: torch.Tensor, wait: Wait | None = None
+    ) -> torch.Tensor:
+        """All layers on x [rows, embedding]; appends to `pool` [layers, pages, 2, page_size, heads, head_dim]."""
+        for index in range(len(self.layers)):
+            if wait is not None:
+                wait(index)
+            x = self.layer(index, x, batch, pool[index])
+        return x
+
+    def layer(self, index: int, x: torch.Tensor, batch: PagedBatch, cache: torch.Tensor) -> torch.Tensor:
+        """One layer on x [rows, embedding]: appends its new history to `cache`, then attends to it.
+
+        Rows of no sequence are computed from whatever they hold, and reach no other row.
+        """
+        compute = _kernels if x.device.type == "cuda" else _torch
+        return compute(x, self.layers[index], batch, self.shape, cache)
+
+
+def _kernels(x: torch.Tensor, params: Parameters, batch: PagedBatch, shape: Shape, cache: torch.Tensor) -> torch.Tensor:
+    width, heads = shape.width, (shape.heads, shape.head_dim)
+    weight, bias = params["uvqk_weight"], params["uvqk_bias"]
+    normed = norm.forward(x, params["norm_weight"], params["norm_bias"], EPS)
+    # the gate's kernel applies SiLU to u itself
+    u = linear.biased(normed, weight[:, :width], bias[:width])
+    _, vqk = linear.activated(normed, weight[:, width:], bias[width:], keep_pre=False)
+    v, q, k = (part.unflatten(1, heads) for part in vqk.split(width, dim=1))
+    paged.append(cache, k, v, batch)
+    attended = paged.attend(q, k, v, cache, batch, shape.alpha)
+    gated = norm.gate(attended.flatten(1), u, params["out_norm_weight"], params["out_norm_bias"], EPS, None)
+    return linear.added(gated, params["out_weight"], x)
+
+
+def _torch(x: torch.Tensor, params: Parameters, batch: PagedBatch, shape: Shape, cache: torch.Tensor) -> torch.Tensor:
+    normed = F.layer_norm(x, (shape.embedding,), params["norm_weight"], params["norm_bias"], EPS)
+    u, v, q, k = split_uvqk(F.silu(normed @ params["uvqk_weight"] + params["uvqk_bias"]), shape)
+    append_reference(cache, k, v, batch)
+    attended = paged_attention_reference(q, k, v, cache, batch, shape.alpha).flatten(1)
+    gated = F.layer_norm(attended, (shape.width,), params["out_norm_weight"], params["out_norm_bias"], EPS) * u
+    return gated @ params["out_weight"] + x
+
+
+def widened(block: Block, dtype: torch.dtype) -> Block:
+    """The same block with its parameters in another dtype: what the truth computes with."""
+    return Block(block.shape, [{name: value.to(dtype) for name, value in layer.items()} for layer in block.layers])
+
+
+def block_reference(block: Block, x: torch.Tensor, batch: PagedBatch, pool: torch.Tensor) -> torch.Tensor:
+    """The block's output in float64 by PyTorch, from an empty cache or one in float64, which it appends to."""
+    exact = widened(block, torch.float64)
+    y = x.double()
+    for index, params in enumerate(exact.layers):
+        y = _torch(y, params, batch, block.shape, pool[index])
+    return y
