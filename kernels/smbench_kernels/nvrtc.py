@@ -49,7 +49,8 @@ class Kernel:
     def launcher(self, grid: Sequence[int], threads: int, shared_bytes: int, arguments: Sequence[Any]) -> Any:
         """A function that launches on the stream that is current when it is called.
 
-        Arguments are tensors (their address is passed, and they are kept alive), integers (32 bits) and floats (32).
+        Arguments are tensors (their address is passed, and they are kept alive), integers (32 bits), floats (32) and
+        values of ctypes, which are passed as they are.
         """
         if shared_bytes > SHARED_WITHOUT_ASKING:
             _driver_call("cuFuncSetAttribute", self._function, MAX_DYNAMIC_SHARED, shared_bytes)
@@ -69,21 +70,22 @@ class Kernel:
         return run
 
 
-def kernel(source: str, name: str, macros: Mapping[str, int], device: torch.device) -> Kernel:
+def kernel(source: str, name: str, macros: Mapping[str, int], device: torch.device, features: str = "") -> Kernel:
     """A kernel of a source, compiled once per process for a device's own architecture.
 
+    `features` goes behind the architecture's number: "a" for instructions that no other one has, as wgmma.
     CompileError with NVRTC's log; OSError where there is no libnvrtc.
     """
     major, minor = torch.cuda.get_device_capability(device)
-    return _loaded(source, name, tuple(sorted(macros.items())), major * 10 + minor)
+    return _loaded(source, name, tuple(sorted(macros.items())), f"{major}{minor}{features}")
 
 
-def compiled(source: str, macros: Mapping[str, int], capability: int) -> bytes:
+def compiled(source: str, macros: Mapping[str, int], capability: int | str) -> bytes:
     """The cubin of a source for a compute capability, from Triton's cache folder where it lies there; needs no GPU."""
     version = (ctypes.c_int * 2)()
     nvrtc = _nvrtc()
     _nvrtc_call(nvrtc.nvrtcVersion(ctypes.byref(version, 0), ctypes.byref(version, ctypes.sizeof(ctypes.c_int))))
-    what = repr((source, sorted(macros.items()), capability, list(version)))
+    what = repr((source, sorted(macros.items()), str(capability), list(version)))
     path = Path(triton.knobs.cache.dir) / f"nvrtc-{hashlib.sha256(what.encode()).hexdigest()}.cubin"
     if path.is_file():
         return path.read_bytes()
@@ -99,7 +101,7 @@ def compiled(source: str, macros: Mapping[str, int], capability: int) -> bytes:
     return cubin
 
 
-def compile_source(source: str, macros: Mapping[str, int], capability: int) -> bytes:
+def compile_source(source: str, macros: Mapping[str, int], capability: int | str) -> bytes:
     """The cubin of a source for a compute capability; needs no GPU. CompileError, OSError as `kernel`."""
     nvrtc = _nvrtc()
     program = ctypes.c_void_p()
@@ -120,7 +122,7 @@ def compile_source(source: str, macros: Mapping[str, int], capability: int) -> b
 
 
 @cache
-def _loaded(source: str, name: str, macros: tuple[tuple[str, int], ...], capability: int) -> Kernel:
+def _loaded(source: str, name: str, macros: tuple[tuple[str, int], ...], capability: int | str) -> Kernel:
     cubin = compiled(source, dict(macros), capability)
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     _driver_call("cuModuleLoadData", ctypes.byref(module), cubin)
@@ -131,6 +133,8 @@ def _loaded(source: str, name: str, macros: tuple[tuple[str, int], ...], capabil
 def _value(argument: Any) -> Any:
     if isinstance(argument, torch.Tensor):
         return ctypes.c_uint64(argument.data_ptr())
+    if isinstance(argument, ctypes._SimpleCData | ctypes.Array):
+        return argument
     return ctypes.c_int32(argument) if isinstance(argument, int) else ctypes.c_float(argument)
 
 
