@@ -52,14 +52,14 @@ class Block:
 def _kernels(x: torch.Tensor, params: Parameters, batch: PagedBatch, shape: Shape, cache: torch.Tensor) -> torch.Tensor:
     width, heads = shape.width, (shape.heads, shape.head_dim)
     weight, bias = params["uvqk_weight"], params["uvqk_bias"]
-    normed = norm.forward(x, params["norm_weight"], params["norm_bias"], EPS)
+    normed, _ = norm.forward(x, params["norm_weight"], params["norm_bias"], EPS)
     # the gate's kernel applies SiLU to u itself
     u = linear.biased(normed, weight[:, :width], bias[:width])
     _, vqk = linear.activated(normed, weight[:, width:], bias[width:], keep_pre=False)
     v, q, k = (part.unflatten(1, heads) for part in vqk.split(width, dim=1))
     paged.append(cache, k, v, batch)
     attended = paged.attend(q, k, v, cache, batch, shape.alpha)
-    gated = norm.gate(attended.flatten(1), u, params["out_norm_weight"], params["out_norm_bias"], EPS, None)
+    gated, _ = norm.gate(attended.flatten(1), u, params["out_norm_weight"], params["out_norm_bias"], EPS, None)
     return linear.added(gated, params["out_weight"], x)
 
 

@@ -10,6 +10,7 @@ i + 1 runs (document 003, "Asynchronous H2D transfer").
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -49,6 +50,9 @@ class _Transfer:
 
     done: torch.cuda.Event
     finish: Callable[[], None]
+    counter: str = ""
+    """Which of the counts its time goes to; empty for a step without copies."""
+    begun: torch.cuda.Event | None = None
 
 
 class KVCache:
@@ -72,7 +76,8 @@ class KVCache:
         self.table = PageTable(pages, sizes.page_size)
         self.pool = torch.zeros((sizes.layers, pages, *sizes.page_shape), dtype=sizes.dtype, device=device)
         self.counts: Counter[str] = Counter()
-        """Since the beginning: tokens found on the device and on the host, bytes and users that moved."""
+        """Since the beginning: tokens found on the device and on the host, bytes and users that moved, nanoseconds from
+        the turn of a step's first copy to the end of its last one, on the stream of the copies."""
         self._store = store
         self._cuda = device.type == "cuda"
         self._in = torch.cuda.Stream(device) if self._cuda else None
@@ -114,8 +119,10 @@ class KVCache:
             growth.evicted,
             [self.table.hold(user) for user in users],
         )
+        self.counts["steps"] += 1
         self.counts["device_tokens"] += sum(on_device)
         self.counts["host_tokens"] += sum(tokens)
+        self.counts["new_tokens"] += sum(total - before for total, before in zip(totals, cached, strict=True))
         self.counts["evicted_users"] += len(growth.evicted)
         self._onload(step, [(lease, step.page_ids[step.page_offsets[i] :]) for i, lease in enumerate(leases) if lease])
         return step
@@ -132,20 +139,25 @@ class KVCache:
         """
         copies = self._chunks_to_store(step)
         if self._out is None:
+            began = time.perf_counter_ns()
             for lease, pages in copies:
                 self._copy_out(lease, pages)
+            if copies:
+                self.counts["offload_ns"] += time.perf_counter_ns() - began
             self._give_back([lease for lease, _ in copies])
             self._release(step._holds)
             return
         computed = torch.cuda.Event()
         computed.record(torch.cuda.current_stream(self.device))
-        done = computed
+        done, begun = computed, None
         if copies:
             self._out.wait_event(computed)
+            begun = torch.cuda.Event(enable_timing=True)
+            begun.record(self._out)
             with torch.cuda.stream(self._out):
                 for lease, pages in copies:
                     self._copy_out(lease, pages)
-                done = torch.cuda.Event()
+                done = torch.cuda.Event(enable_timing=True)
                 done.record(self._out)
             for lease, _ in copies:
                 self._stored[lease.user] = done
@@ -157,11 +169,25 @@ class KVCache:
                 if self._stored.get(lease.user) is done:
                     del self._stored[lease.user]
 
-        self._transfers.append(_Transfer(done, finish))
+        self._transfers.append(_Transfer(done, finish, "offload_ns", begun))
 
     def drain(self) -> None:
         """Wait for every copy and give back what they held."""
         self._collect(wait=True)
+
+    def rewind(self, user: int, on_device: int, on_host: int) -> None:
+        """Forget what a user has beyond so many tokens, here and in the store; waits for every copy.
+
+        For repeating a step as if it had not been. Pages that stay hold what they held.
+        """
+        self.drain()
+        if user in self.table:
+            if on_device:
+                self.table.truncate(user, on_device)
+            else:
+                self.table.evict(user)
+        if self._store is not None:
+            self._store.truncate(user, on_host)
 
     def _grow(self, users: Sequence[int], totals: Sequence[int]) -> Growth:
         """Grow the table; where its pages are held by copies, wait for those first."""
@@ -184,8 +210,10 @@ class KVCache:
         self.counts["onloaded_users"] += len(leases)
         self.counts["onloaded_bytes"] += sum(chunk.nbytes for lease in leases for chunk in lease.chunks)
         if self._in is None:
+            began = time.perf_counter_ns()
             for layer in range(self.sizes.layers):
                 self._copy_in(layer, placed)
+            self.counts["onload_ns"] += time.perf_counter_ns() - began
             self._give_back(leases)
             return
         # nobody else can still read these pages: a step's users keep theirs until its work is done
@@ -193,16 +221,18 @@ class KVCache:
             if (stored := self._stored.get(lease.user)) is not None:
                 self._in.wait_event(stored)
         events = []
+        begun = torch.cuda.Event(enable_timing=True)
+        begun.record(self._in)
         with torch.cuda.stream(self._in):
             for layer in range(self.sizes.layers):
                 self._copy_in(layer, placed)
-                event = torch.cuda.Event()
+                event = torch.cuda.Event(enable_timing=layer + 1 == self.sizes.layers)
                 event.record(self._in)
                 events.append(event)
         step._onloaded.extend(events)
         if not self.overlap:
             torch.cuda.current_stream(self.device).wait_event(events[-1])
-        self._transfers.append(_Transfer(events[-1], lambda: self._give_back(leases)))
+        self._transfers.append(_Transfer(events[-1], lambda: self._give_back(leases), "onload_ns", begun))
 
     def _copy_in(self, layer: int, placed: Sequence[tuple[Lease, Pages]]) -> None:
         """Enqueue the copies of one layer's chunks into their pages."""
@@ -260,6 +290,8 @@ class KVCache:
             if wait:
                 transfer.done.synchronize()
             if transfer.done.query():
+                if transfer.begun is not None:
+                    self.counts[transfer.counter] += round(transfer.begun.elapsed_time(transfer.done) * 1e6)
                 transfer.finish()
             else:
                 left.append(transfer)

@@ -136,6 +136,23 @@ class PageTable:
         else:
             self._take(entry)
 
+    def truncate(self, user: int, tokens: int) -> None:
+        """Forget a user's last tokens and take the pages back that only they filled.
+
+        For steps that came to nothing: grown again at once, it gets the same pages. KeyError for one that is not here;
+        ValueError for more tokens than there are, and where a hold still claims the pages.
+        """
+        entry = self._users[user]
+        kept = self._pages_for(tokens)
+        if tokens > entry.tokens:
+            raise ValueError(f"user {user} has {entry.tokens} tokens, not {tokens}")
+        if entry.holds and kept < entry.count:
+            raise ValueError(f"pages of user {user} are held: nothing of them can be forgotten")
+        dropped = entry.count - kept
+        self._free[self._free_count : self._free_count + dropped] = entry.pages[kept : entry.count]
+        self._free_count += dropped
+        entry.count, entry.tokens = kept, tokens
+
     def hold(self, user: int) -> Hold:
         """Claim a user's pages until `release`. KeyError for one that is not here."""
         entry = self._users[user]

@@ -70,6 +70,9 @@ class HostStore(Protocol):
     def give_back(self, lease: Lease) -> None:
         """The chunks were read, or written."""
 
+    def truncate(self, user: int, tokens: int) -> None:
+        """Forget a user's chunks beyond so many tokens, a multiple of `chunk_tokens`; all of them for 0."""
+
 
 class PinnedStore:
     """A store in page-locked host memory, so that copies to and from a device run beside everything else.
@@ -118,3 +121,10 @@ class PinnedStore:
         """As `HostStore`."""
         for hold in lease.holds:
             self._table.release(hold)
+
+    def truncate(self, user: int, tokens: int) -> None:
+        """As `HostStore`. ValueError while a lease protects what is to be forgotten."""
+        if user in self._table:
+            self._table.truncate(user, tokens)
+            if not tokens:
+                self._table.evict(user)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ Config: TypeAlias = Mapping[str, int]
 """Launch parameters of a kernel, e.g. `{"BLOCK_K": 256, "SPLIT_K": 8, "num_warps": 4}`."""
 
 Inputs: TypeAlias = "Mapping[str, torch.Tensor]"
-"""Named tensors of one point; `y` is always the tensor that a provider writes."""
+"""Named tensors of one point; a provider writes those that the operation calls its outputs, mostly `y` alone."""
 
 
 class UnsupportedPoint(Exception):
@@ -53,7 +53,7 @@ class Tolerance:
     """What separates rounding from a wrong answer."""
 
     relative: float
-    """Bound on the relative error in the 2-norm, of the change that the call makes to `y`."""
+    """Bound on the relative error in the 2-norm, of the change that the call makes to an output."""
     elementwise: float
     """Bound on the largest single error, in units of the root mean square of the reference."""
 
@@ -64,6 +64,25 @@ def _nothing() -> None:
 
 def _cloned(_point: Point, inputs: Inputs) -> Inputs:
     return {name: tensor.clone() for name, tensor in inputs.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """The two halves of a call that trains, to be timed and weighed apart. Each enqueues on the current stream.
+
+    After `reset`, `forward` and `backward`, a `Prepared.finish` brings the same outputs as after `run`.
+    """
+
+    forward: Callable[[], None]
+    """Computes the output and keeps, until `backward` or `reset`, what the backward pass needs."""
+    backward: Callable[[], None]
+    """Uses what the last `forward` kept up. Gradients add to those of earlier calls, as PyTorch's do: none is reset."""
+    reset: Callable[[], None]
+    """Forgets gradients, output and whatever was kept."""
+
+
+PASSES = ("forward", "backward")
+"""The names of the halves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +104,12 @@ class Prepared:
     """Brings `y` to what the operation defines, where a library leaves its result in a buffer of its own: called once
     after a `run`, before the comparison, never in a timed interval. An engine reads that buffer where it is, so that it
     would be wrong to charge the library for this."""
+    passes: Passes | None = None
+    """The call in two halves, for an operation that has `pass_work`."""
+    capturable: bool = True
+    """Whether a CUDA graph can hold `run`. Not one that replays graphs of its own or decides on the host at each call."""
+    counts: Callable[[], Mapping[str, int]] = dict
+    """What calls have moved and met since the provider was bound, by its own names, e.g. bytes brought from the host."""
 
 
 class Provider(Protocol):
@@ -119,9 +144,11 @@ class Op:
     doc: str
     axes: Mapping[str, Axis]
     make_inputs: Callable[[Point, int, torch.device], Inputs]
-    """Inputs of a point from a seed, on a device. Accumulating operations get a `y` with random content."""
-    reference: Callable[[Point, Inputs], torch.Tensor]
-    """The value that `y` must have after one call on these inputs, in float64. Never reads what a provider wrote."""
+    """Inputs of a point from a seed, on a device, outputs among them. Accumulating operations get a `y` with random
+    content. Shapes follow from the point alone."""
+    reference: Callable[[Point, Inputs], torch.Tensor | Mapping[str, torch.Tensor]]
+    """The value that `y`, or that each output by its name, must have after one call on these inputs, in float64. Never
+    reads what a provider wrote."""
     work: Callable[[Point, Inputs], Work]
     tolerance: Callable[[Point], Tolerance]
     providers: Mapping[str, str]
@@ -132,9 +159,14 @@ class Op:
     """`module:attribute` of a Tunable."""
     place: Callable[[Point, Inputs], Inputs] = _cloned
     """A copy of inputs in memory of its own, in the kind of memory that the point asks for: what a provider gets."""
-    redraw: Callable[[Point, Inputs, int], Inputs] | None = None
+    redraw: Callable[[Point, Inputs, int], Inputs | None] | None = None
     """The same inputs with other integers from a seed. The gate binds each provider to these as well, so that a result
-    that does not follow from them is seen; None where `make_inputs` is all that there is to vary."""
+    that does not follow from them is seen; None where `make_inputs` is all that there is to vary, in all points or in
+    the one that is asked for."""
+    outputs: tuple[str, ...] = ("y",)
+    """The inputs that a call writes. Each is compared with its own reference, within its own scale."""
+    pass_work: Mapping[str, Callable[[Point, Inputs], Work]] = field(default_factory=dict)
+    """The work of each of PASSES, for operations whose providers give `Prepared.passes`; else empty."""
 
     def provider(self, name: str) -> Provider:
         """The provider of that name. KeyError lists the known names; ImportError passes through."""
@@ -143,6 +175,16 @@ class Op:
             raise KeyError(msg)
         provider: Provider = load(self.providers[name])
         return provider
+
+    def expected(self, point: Point, inputs: Inputs) -> Mapping[str, torch.Tensor]:
+        """The reference of every output. ValueError where the operation does not give each its own."""
+        found = self.reference(point, inputs)
+        if not isinstance(found, Mapping):
+            found = {self.outputs[0]: found}
+        if found.keys() != set(self.outputs):
+            msg = f"op {self.name!r}: the reference gives {', '.join(found)}; its outputs: {', '.join(self.outputs)}"
+            raise ValueError(msg)
+        return found
 
     def tuning(self) -> Tunable:
         """The search space. LookupError where the operation has none."""

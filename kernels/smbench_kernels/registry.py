@@ -12,6 +12,12 @@ OPS = {
     "sgmv_shrink": "smbench_kernels.sgmv_shrink:OP",
     "sgmv_expand": "smbench_kernels.sgmv_expand:OP",
     "paged_attention": "smbench_kernels.paged_attention:OP",
+    "hstu_attention_forward": "smbench_kernels.hstu_ops_attention:FORWARD",
+    "hstu_attention_backward": "smbench_kernels.hstu_ops_attention:BACKWARD",
+    "hstu_layer": "smbench_kernels.hstu_ops_layer:OP",
+    "hstu_block": "smbench_kernels.hstu_block_ops:OP",
+    "hstu_request": "smbench_kernels.hstu_request_ops:OP",
+    "hstu_bookkeeping": "smbench_kernels.hstu_bookkeeping:OP",
 }
 """Operation name to `module:attribute`, imported on demand."""
 

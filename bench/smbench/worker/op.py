@@ -12,14 +12,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
+from smbench.memorysnapshot import SUFFIX
 from smbench.worker.compilations import Compilations
 from smbench.worker.gate import Truth, Verdict, examine, replace_integers, restore
-from smbench.worker.timing import Flush, Spec, Timing, capture, measure, measure_wall
-from smbench_kernels.op import Inputs, Op, Point, Prepared, UnsupportedPoint
+from smbench.worker.memory import weigh
+from smbench.worker.timing import Flush, Spec, Timing, capture, measure, measure_pass, measure_wall
+from smbench_kernels.op import Inputs, Op, Passes, Point, Prepared, UnsupportedPoint, Work
 from smbench_kernels.registry import op as find_op
 
 CHECK_SEED = 7919
@@ -65,10 +68,12 @@ class _Data:
 class OpRunner:
     """Runs jobs one by one on one device."""
 
-    def __init__(self, device: torch.device, specs: Sequence[Spec], log: TextIO) -> None:
+    def __init__(self, device: torch.device, specs: Sequence[Spec], log: TextIO, native: Path | None = None) -> None:
+        """`native` is the folder for files that a library writes in its own form; None: they are not kept."""
         self._device = device
         self._specs = specs
         self._log = log
+        self._native = native
         self._on_gpu = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if self._on_gpu else None
         self._flush = Flush(device) if self._on_gpu and any(spec.l2 == "cold" for spec in specs) else None
@@ -145,9 +150,16 @@ class OpRunner:
             prepared.begin()
             examine(verdict, prepared.run, buffers, data.truths[0], "first inputs", prepared.finish)
         work = op.work(job.axes, data.truths[0].inputs)
+        weighed: dict[str, Any] = {}
+        if verdict.passed and prepared.passes is not None:
+            with _phase(phases, "memory"):
+                restore(buffers, data.truths[0])
+                examine(verdict, _in_halves(prepared.passes), buffers, data.truths[0], "by halves", prepared.finish)
+                snapshot = self._native / f"{job.cell_id}{SUFFIX}" if self._native else None
+                weighed = {"memory": weigh(prepared.passes, buffers, self.stream, snapshot)}
         timings: dict[str, Timing] = {}
         if verdict.passed and job.untimed_reason is None:
-            timings = self._time(data, prepare, job.axes, prepared, phases)
+            timings = self._time(op, data, prepare, job.axes, prepared, phases)
         if verdict.passed:
             with _phase(phases, "check"):
                 # captured before the inputs are there: work that is done while capturing, and not by the replay, shows
@@ -159,13 +171,15 @@ class OpRunner:
                     self._examine_redrawn(verdict, prepare, job.axes, buffers, data.truths[0], data.redrawn)
         return {
             "check": verdict.record(),
-            "work": {"bytes": work.bytes, "flops": work.flops},
+            "work": _as_record(work),
+            **weighed,
             "selection": {
                 "source": prepared.config_source,
                 "config": dict(prepared.config),
                 "kernels": {name: dict(facts) for name, facts in prepared.kernels().items()},
             },
-            **self._outcome(job, verdict, timings),
+            "counts": dict(prepared.counts()),
+            **self._outcome(op, job, data.truths[0].inputs, verdict, timings),
         }
 
     def _examine_redrawn(
@@ -188,7 +202,9 @@ class OpRunner:
             # the next provider of the point gets the same buffers
             replace_integers(buffers, first)
 
-    def _outcome(self, job: Job, verdict: Verdict, timings: Mapping[str, Timing]) -> dict[str, Any]:
+    def _outcome(
+        self, op: Op, job: Job, inputs: Inputs, verdict: Verdict, timings: Mapping[str, Timing]
+    ) -> dict[str, Any]:
         if not verdict.passed:
             return {"status": "incorrect", "reason": "; ".join(verdict.faults)}
         if job.untimed_reason is not None:
@@ -202,13 +218,18 @@ class OpRunner:
                 "warmup_s": timings[spec.name].warmup_s,
                 "samples_s": timings[spec.name].samples_s,
                 "busy_s": timings[spec.name].busy_s,
+                **(
+                    {"work": _as_record(op.pass_work[spec.part](job.axes, inputs))} if spec.part in op.pass_work else {}
+                ),
             }
             for spec in self._specs
+            if spec.name in timings
         ]
         return {"status": "ok", "reason": None, "measurements": measurements}
 
     def _time(
         self,
+        op: Op,
         data: _Data,
         prepare: Callable[[Point, Inputs], Prepared],
         point: Point,
@@ -217,8 +238,15 @@ class OpRunner:
     ) -> dict[str, Timing]:
         timings: dict[str, Timing] = {}
         for spec in self._specs:
+            if spec.part != "whole":
+                # an operation without halves has nothing that this way of timing would time
+                if spec.part in op.pass_work and prepared.passes is not None:
+                    timings[spec.name] = measure_pass(spec, prepared.passes, self.stream)
+                continue
             if spec.method == "wall":
                 timings[spec.name] = measure_wall(spec, prepared.run)
+                continue
+            if spec.method == "graph" and not prepared.capturable:
                 continue
             calls = [prepared.run]
             if spec.l2 == "cold":
@@ -231,13 +259,16 @@ class OpRunner:
             assert self.stream is not None
             timings[spec.name] = measure(spec, calls, self.stream, self._flush)
             phases["capture"] = phases.get("capture", 0.0) + timings[spec.name].capture_s
+        if not timings:
+            raise UnsupportedPoint("none of the ways of timing that are asked for can time it")
         return timings
 
     def _cold_sets(self, spec: Spec, data: _Data, timings: Mapping[str, Timing]) -> int:
         """How many distinct buffer sets a cold measurement uses."""
         set_bytes = sum(t.numel() * t.element_size() for t in data.truths[0].inputs.values())
         by_memory = max(1, SET_BYTES // max(1, set_bytes))
-        known = [min(timing.samples_s) for timing in timings.values()]
+        whole = {spec.name for spec in self._specs if spec.part == "whole"}
+        known = [min(timing.samples_s) for name, timing in timings.items() if name in whole]
         by_time = max(1, round(COLD_WINDOW_S / known[0])) if known else spec.calls
         return min(spec.calls, by_memory, by_time)
 
@@ -253,13 +284,14 @@ class OpRunner:
             truths = [Truth.of(op, job.axes, inputs) for inputs in (first, second)]
             redrawn = None
             if op.redraw is not None:
-                redrawn = Truth.of(op, job.axes, op.redraw(job.axes, second, job.seed + CHECK_SEED))
+                drawn = op.redraw(job.axes, second, job.seed + CHECK_SEED)
+                redrawn = Truth.of(op, job.axes, drawn) if drawn is not None else None
             self._data = _Data(key, truths, redrawn, partial(op.place, job.axes))
         return self._data
 
     def _replayed(self, prepared: Prepared) -> Callable[[], None]:
         """One call, on a GPU through a captured graph: what is timed is what is checked."""
-        if self.stream is None:
+        if self.stream is None or not prepared.capturable:
             return prepared.run
         replay: Callable[[], None] = capture([prepared.run], self.stream).replay
         # of the whole device: stray work on another stream must land before the inputs are restored, not after
@@ -290,6 +322,21 @@ def _phase(phases: dict[str, float], name: str) -> Iterator[None]:
         yield
     finally:
         phases[name] = phases.get(name, 0.0) + time.perf_counter() - began
+
+
+def _in_halves(passes: Passes) -> Callable[[], None]:
+    """A whole call by its halves."""
+
+    def call() -> None:
+        passes.reset()
+        passes.forward()
+        passes.backward()
+
+    return call
+
+
+def _as_record(work: Work) -> dict[str, int]:
+    return {"bytes": work.bytes, "flops": work.flops}
 
 
 def _first_line(error: BaseException) -> str:

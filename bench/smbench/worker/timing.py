@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from smbench_kernels.op import Passes
+
 Call = Callable[[], None]
 
 DIGITS = 11
@@ -35,6 +37,8 @@ class Spec:
     samples: int
     min_samples: int
     window_s: float
+    part: str = "whole"
+    """`whole` for a call, or which half of one: `forward` or `backward`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +125,53 @@ def measure_wall(spec: Spec, call: Call) -> Timing:
             break
     busy_s = time.perf_counter() - began
     return Timing(spec.calls * spec.replays, times[: spec.warmup], times[spec.warmup :], busy_s, 0.0)
+
+
+def measure_pass(spec: Spec, passes: Passes, stream: torch.cuda.Stream | None) -> Timing:
+    """Time one half of a call: by events on a GPU, by the host's clock where there is no stream.
+
+    What comes before a half lies outside its time; gradients are never reset in between, as PyTorch users' are not.
+    """
+    before, call = (passes.reset, passes.forward) if spec.part == "forward" else (passes.forward, passes.backward)
+    began = time.perf_counter()
+    if stream is None:
+        taken = _wall_passes(spec, before, call)
+    else:
+        # the first sample tells how many fit the window, what comes before it included
+        first, cost_s = _event_passes(before, call, 1, stream)
+        count = min(spec.samples, max(spec.min_samples, int(spec.window_s / max(cost_s, 1e-7))))
+        taken = first + _event_passes(before, call, spec.warmup + count - 1, stream)[0]
+    busy_s = time.perf_counter() - began
+    passes.reset()
+    times = [round(elapsed_s, DIGITS) for elapsed_s in taken]
+    return Timing(1, times[: spec.warmup], times[spec.warmup :], busy_s, 0.0)
+
+
+def _event_passes(before: Call, call: Call, count: int, stream: torch.cuda.Stream) -> tuple[list[float], float]:
+    """`count` samples of a half, all enqueued before the first is read, and the seconds of everything."""
+    marks = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(3)) for _ in range(count)]
+    with torch.cuda.stream(stream):
+        for outset, start, end in marks:
+            outset.record()
+            before()
+            start.record()
+            call()
+            end.record()
+    stream.synchronize()
+    return [_seconds(start, end) for _, start, end in marks], _seconds(marks[0][0], marks[-1][2]) if marks else 0.0
+
+
+def _wall_passes(spec: Spec, before: Call, call: Call) -> list[float]:
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < spec.warmup + spec.samples:
+        before()
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+        if time.perf_counter() - began > spec.window_s and len(times) >= spec.warmup + spec.min_samples:
+            break
+    return times
 
 
 def sample(

@@ -1,0 +1,223 @@
+"""Providers of the operation `hstu_request`: a ranking request from ids to scores. Owns the calls, no kernel.
+
+A call is what a server does for a batch of users, the bookkeeping of its cache on the host included, and is over when
+the scores are there. So that a call can be repeated, each begins by putting the cache's tables back to how the request
+found them; what lies in pages stays. Users whose history is on the host find their pages taken by others, who are
+evicted for them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from smbench_kernels import hstu_block_ops as block_ops
+from smbench_kernels import hstu_request_definition as definition
+from smbench_kernels.hstu_block_definition import whole
+from smbench_kernels.hstu_graphs import Graphs, HostBatch
+from smbench_kernels.hstu_request_definition import HEAD, Sizes
+from smbench_kernels.kv_cache import KVCache, Step
+from smbench_kernels.kv_store import PinnedStore
+from smbench_kernels.kv_store import Sizes as CacheSizes
+from smbench_kernels.launch import ceil_div
+from smbench_kernels.op import Inputs, Op, Point, Prepared, UnsupportedPoint
+
+SPARE = 2
+"""The host's store has room for this many times the chunks that the users of a request have."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What is around the block."""
+
+    sizes: Sizes
+    inputs: Inputs
+
+    def rows(self, cached: int) -> torch.Tensor:
+        """[batch * (total - cached + targets), E]: embeddings of what is not cached, and of the candidates."""
+        return self.inputs["table"][self.inputs["ids"][:, cached:].flatten()]
+
+    def answer(self, y: torch.Tensor) -> None:
+        """Scores of the candidates among a step's rows."""
+        sizes = self.sizes
+        candidates = y.unflatten(0, (sizes.batch, -1))[:, -sizes.targets :].flatten(0, 1)
+        heads = [self.inputs[f"head{i}"] for i in range(len(HEAD))]
+        self.inputs["y"].copy_(definition.scores(candidates, heads))
+        if y.is_cuda:
+            # a request is over when its scores are there: the next one does not hide what the host did for this one
+            torch.cuda.current_stream(y.device).synchronize()
+
+
+def recompute(point: Point, inputs: Inputs) -> Prepared:
+    """No cache: all layers over whole histories."""
+    sizes = Sizes.of(point)
+    if sizes.source != "nowhere":
+        raise UnsupportedPoint("without a cache nothing is anywhere: source has to be nowhere")
+    block, model = block_ops.block_of(sizes, inputs), _Model(sizes, inputs)
+    batch = whole(sizes, sizes.batch, inputs["ids"].device)
+    counted: Counter[str] = Counter()
+
+    def run() -> None:
+        block_ops.whole_histories(counted, sizes)
+        model.answer(block_ops.over_whole(block, model.rows(0), batch, sizes))
+
+    return Prepared(run, {}, "default", capturable=False, counts=lambda: dict(counted))
+
+
+class _Served:
+    """A model with its cache, and the users of a point in it."""
+
+    def __init__(self, point: Point, inputs: Inputs, overlap: bool) -> None:
+        self.sizes = Sizes.of(point)
+        self.model = _Model(self.sizes, inputs)
+        self.block = block_ops.block_of(self.sizes, inputs)
+        sizes, device = self.sizes, inputs["ids"].device
+        shape = sizes.shape
+        cache = CacheSizes(sizes.layers, shape.heads, shape.head_dim, sizes.page_size, sizes.dtype)
+        chunk = int(point["chunk_tokens"])
+        store = None
+        if sizes.source == "host":
+            if not sizes.cached or sizes.cached % chunk:
+                raise UnsupportedPoint(f"{sizes.cached} cached tokens are no whole chunks of {chunk}")
+            chunks = SPARE * sizes.batch * ceil_div(sizes.total, chunk)
+            store = PinnedStore(cache, chunks, chunk, pinned=device.type == "cuda")
+        # exactly what the users need: with source `host` others have it, and are evicted
+        self.cache = KVCache(cache, sizes.batch * sizes.pages, device, store, overlap)
+        self.users = list(range(sizes.batch))
+        self.others = list(range(sizes.batch, 2 * sizes.batch)) if store is not None else []
+
+    def begin(self) -> None:
+        """Serve the users' earlier history; with source `host` it is on the host alone afterwards, pages poisoned."""
+        sizes, cache = self.sizes, self.cache
+        for user in (*self.users, *self.others):
+            cache.rewind(user, 0, 0)
+        cache.pool.fill_(torch.nan)
+        if sizes.source == "nowhere" or not sizes.cached:
+            return
+        counted = Counter(cache.counts)
+        step = cache.begin(self.users, [sizes.cached] * sizes.batch)
+        x = self.model.inputs["table"][self.model.inputs["ids"][:, : sizes.cached].flatten()]
+        batch = self.host_batch(step, 0).batch(sizes.page_size, sizes.cached, sizes.max_seqlen, cache.device)
+        self.block(x, batch, cache.pool, lambda layer: cache.wait(step, layer))
+        cache.finish(step)
+        cache.drain()
+        if sizes.source == "host":
+            cache.pool.fill_(torch.nan)
+        # counts are those of requests
+        cache.counts.clear()
+        cache.counts.update(counted)
+
+    def rewind(self) -> None:
+        """Put the tables back to how a request finds them."""
+        cached = {source: self.sizes.cached if self.sizes.source == source else 0 for source in ("device", "host")}
+        for user in self.users:
+            self.cache.rewind(user, cached["device"], cached["host"])
+        if self.others:
+            self.cache.table.grow(self.others, [self.sizes.total] * len(self.others))
+
+    def host_batch(self, step: Step, targets: int) -> HostBatch:
+        """A step's sequences: users alike."""
+        rows = step.totals[0] - step.cached[0] + targets
+        users = len(step.users)
+        return HostBatch(
+            np.arange(users + 1, dtype=np.int32) * rows,
+            np.full(users, targets, np.int32),
+            np.array(step.totals, np.int32),
+            step.page_offsets,
+            step.page_ids,
+        )
+
+    def request(self, graphs: Graphs | None) -> None:
+        """One request of all users."""
+        sizes, cache = self.sizes, self.cache
+        self.rewind()
+        step = cache.begin(self.users, [sizes.total] * sizes.batch)
+        host = self.host_batch(step, sizes.targets)
+        # what the attention is told, apart from what the cache counts
+        cache.counts["attended_tokens"] += int(host.totals.sum())
+        x = self.model.rows(step.cached[0])
+
+        def wait(layer: int) -> None:
+            cache.wait(step, layer)
+
+        onloads = "host" in step.sources
+        if graphs is not None:
+            y = graphs.run(x, host, wait if onloads else None)
+        else:
+            rows = len(x) // sizes.batch
+            batch = host.batch(sizes.page_size, rows, sizes.max_seqlen, cache.device)
+            y = self.block(x, batch, cache.pool, wait if onloads else None)
+        self.model.answer(y)
+        cache.finish(step)
+
+    def counts(self) -> Mapping[str, int]:
+        """What requests met and moved since the cache was made."""
+        self.cache.drain()
+        return dict(self.cache.counts)
+
+
+def _eager(point: Point, inputs: Inputs, overlap: bool) -> Prepared:
+    served = _Served(point, inputs, overlap)
+    return Prepared(
+        lambda: served.request(None), {}, "default", begin=served.begin, capturable=False, counts=served.counts
+    )
+
+
+def cache(point: Point, inputs: Inputs) -> Prepared:
+    """With a cache, kernel by kernel."""
+    return _eager(point, inputs, overlap=True)
+
+
+def _graphed(point: Point, inputs: Inputs, overlap: bool) -> Prepared:
+    if inputs["ids"].device.type != "cuda":
+        raise UnsupportedPoint("CUDA graphs need a CUDA device")
+    served = _Served(point, inputs, overlap)
+    sizes = served.sizes
+    graphs = Graphs(served.block, served.cache.pool, sizes.page_size, sizes.max_seqlen)
+    rows = (sizes.total if sizes.source == "nowhere" else sizes.new) + sizes.targets
+    shape = block_ops.padded(sizes.batch, rows)
+    captured = graphs.capture(shape, sizes.dtype)
+    return Prepared(
+        lambda: served.request(graphs),
+        block_ops.graph_facts(captured),
+        "default",
+        begin=served.begin,
+        capturable=False,
+        counts=served.counts,
+    )
+
+
+def cache_graph(point: Point, inputs: Inputs) -> Prepared:
+    """With a cache, the layers as CUDA graphs."""
+    return _graphed(point, inputs, overlap=True)
+
+
+def cache_graph_serial(point: Point, inputs: Inputs) -> Prepared:
+    """As `cache_graph`, every copy from the host before the first layer."""
+    if Sizes.of(point).source != "host":
+        raise UnsupportedPoint("nothing is brought in from the host, so there is nothing to overlap")
+    return _graphed(point, inputs, overlap=False)
+
+
+_HERE = "smbench_kernels.hstu_request_ops"
+OP = Op(
+    name="hstu_request",
+    doc="a ranking request of a batch of users: embeddings, HSTU layers over a cache, scores of candidates",
+    axes=definition.AXES,
+    make_inputs=definition.make_inputs,
+    reference=definition.reference,
+    work=definition.work,
+    tolerance=definition.tolerance,
+    redraw=definition.redraw,
+    providers={
+        "recompute": f"{_HERE}:recompute",
+        "cache": f"{_HERE}:cache",
+        "cache-graph": f"{_HERE}:cache_graph",
+        "cache-graph-serial": f"{_HERE}:cache_graph_serial",
+    },
+    baseline="recompute",
+)
