@@ -28,6 +28,8 @@ from smbench.verdicts import (
     shifts_of,
 )
 
+FOREIGN = ("published", "import")
+"""Kinds of sides that state what they happen to state, and whose silence is no difference."""
 PRECISION_AXES = ("dtype",)
 """Axes that say how exactly a cell computes: cells that differ in one of them alone are named as incomparable."""
 
@@ -48,17 +50,19 @@ class Side:
     """One of the things that are compared."""
 
     name: str
-    kind: Literal["run", "bundle", "published"]
+    kind: Literal["run", "bundle", "published", "import"]
     recipe: str
     profile: str | None
     protocol_version: int | None
-    """None for published numbers, which have none."""
+    """None for published and imported numbers, which have none."""
     runs: int
     """How many repeats of the experiment it holds."""
     devices: frozenset[str]
     entries: Mapping[str, Entry]
     """By cell_id."""
     environments: Sequence[Environment]
+    apart: Sequence[Incomparable] = ()
+    """What `alignment` found to keep its cells from those of the first side, where one of the two is an import."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +143,13 @@ class Comparison:
 
     def slower_than(self, limit: float) -> list[Row]:
         """Rows called slower whose whole interval lies beyond 1 + limit, the slowest first."""
-        beyond = [row for row in self.rows if row.verdict == "slower" and row.ci_low > 1 + limit]
+        beyond = [row for row in self.rows if row.verdict == "slower" and (row.ci_low or 0.0) > 1 + limit]
         return sorted(beyond, key=lambda row: -row.ratio)
 
     def differences(self) -> list[Difference]:
-        """The facts that differ between the environments, by path; beside published numbers, those that they state."""
+        """The facts that differ between the environments, by path; beside others' numbers, those that they state."""
         a, b = (_facts(side.environments) for side in (self.a, self.b))
-        stated = [facts for side, facts in ((self.a, a), (self.b, b)) if side.kind == "published"] or [{**a, **b}]
+        stated = [facts for side, facts in ((self.a, a), (self.b, b)) if side.kind in FOREIGN] or [{**a, **b}]
         return [
             Difference(fact, tuple(a.get(fact, {}).values()), tuple(b.get(fact, {}).values()))
             for fact in sorted({fact for facts in stated for fact in facts})
@@ -179,7 +183,7 @@ def compare(a: Side, b: Side, margin: float = MARGIN) -> Comparison:
         b,
         margin,
         rows,
-        [Incomparable(*key, tuple(cells)) for key, cells in apart.items()],
+        [*(Incomparable(*key, tuple(cells)) for key, cells in apart.items()), *b.apart],
         one_sided,
         len(only_a),
         len(only_b),
@@ -199,6 +203,8 @@ def _pairs(a: Entry, b: Entry, protocol_a: int | None, protocol_b: int | None) -
     for name in common:
         own, other = a.timings[name], b.timings[name]
         unlike = [field for field in ("metric", "method", "l2") if getattr(own, field) != getattr(other, field)]
+        if own.definition and other.definition and own.definition != other.definition:
+            unlike.append("definition")
         if unlike:
             yield unlike[0], getattr(own, unlike[0]), getattr(other, unlike[0])
         else:

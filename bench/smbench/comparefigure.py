@@ -63,7 +63,10 @@ def _ratios(panel: Panel, rows: Sequence[Row], margin: float) -> None:
         if not chosen:
             continue
         ranks = np.asarray([rank for rank, _ in chosen])
-        low, ratio, high = np.asarray([[row.ci_low, row.ratio, row.ci_high] for _, row in chosen]).T
+        # a stated figure has no interval: its point alone is drawn
+        low, ratio, high = np.asarray(
+            [[row.ci_low or row.ratio, row.ratio, row.ci_high or row.ratio] for _, row in chosen]
+        ).T
         panel.vlines(ranks, low, high, color=COLORS[verdict], linewidth=0.8, alpha=0.6)
         size = 2.5 if len(ranked) > 300 else 4
         panel.plot(ranks, ratio, color=COLORS[verdict], linestyle="none", marker=".", markersize=size)

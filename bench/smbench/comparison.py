@@ -20,8 +20,8 @@ from smbench.result import Status
 from smbench.stats import CONFIDENCE
 from smbench.verdicts import NOISE_LIMIT_FACTOR, SAME_FACTOR, VERDICTS, Row
 
-FORMAT = 1
-"""Version of compare.json. History: 1 = first."""
+FORMAT = 2
+"""Version of compare.json. History: 1 = first; 2 = imports as sides, stated figures, which have no interval."""
 TEMPLATE = "compare.md.j2"
 FILES = ("compare.json", "compare.md", "compare.png")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

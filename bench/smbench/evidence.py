@@ -44,7 +44,7 @@ def compare(
         list[str],
         typer.Argument(
             metavar="A B [C…]",
-            help="Run folders, bundles or published:NAME; repeats of one side are joined by commas, without a space.",
+            help="Run folders, bundles, imports, published:NAME; repeats of one side are joined by commas, no space.",
         ),
     ],
     out: Annotated[

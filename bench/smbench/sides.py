@@ -4,6 +4,7 @@ runs/lora-h200                  a run folder
 lora-h200-0123456789ab.tar.gz   a bundle
 runs/monday,runs/tuesday        repeats of one experiment: one side with several runs
 published:lora-rtx3090          the numbers of recipes/published/lora-rtx3090.toml
+theirs.import.json              what `smbench import` made of other tools' result files
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from smbench import published, report, resources, runfolder, verify
+from smbench import alignment, imports, published, report, resources, runfolder, verify
 from smbench.cell import Cell
 from smbench.compare import Entry, Side
 from smbench.errors import UsageError
@@ -33,6 +34,9 @@ def load(arguments: Sequence[str], matches: Mapping[str, str]) -> list[Side]:
     `matches` says which series of published numbers (`provider/config`) is put against which of our providers.
     UsageError for what is not there, or for runs of one side that are no repeats; CorruptError as in `runfolder.load`.
     """
+    imported = [name for name in arguments if not name.startswith(PUBLISHED) and imports.is_import(Path(name))]
+    if imported:
+        return _with_imports(arguments, imported, matches)
     measured = {name: _measured(name) for name in arguments if not name.startswith(PUBLISHED)}
     first = next(iter(measured.values()), None)
     return [measured[name] if name in measured else _published(name, first, matches) for name in arguments]
@@ -42,9 +46,37 @@ def read(path: Path) -> Run:
     """The run in a folder, or in a bundle, which is verified first: CorruptError where it is not what it says."""
     if path.is_dir():
         return runfolder.load(path)
+    if imports.is_import(path):
+        raise UsageError(f"{path} is an import: it is a side of `smbench compare`, and no run")
     if path.is_file():
         return verify.verify(path, keep_samples=True).run
     raise UsageError(f"{path} is neither a run folder nor a bundle; published numbers are named {PUBLISHED}<name>")
+
+
+def _with_imports(arguments: Sequence[str], imported: Sequence[str], matches: Mapping[str, str]) -> list[Side]:
+    """The sides where some are imports: those stand under the cells of the first side that are of their workload."""
+    if any(name.startswith(PUBLISHED) for name in arguments):
+        raise UsageError("an import and published numbers share no cell of ours; compare each of them with a run")
+    if matches:
+        raise UsageError("--match is for published numbers; an import says its engine, see `smbench import --engine`")
+    runs = {name: _runs_of(name) for name in arguments if name not in imported}
+    sides = [
+        imports.side(Path(name)) if name in imported else side_of(runs[name], _name(name), _kind(name))
+        for name in arguments
+    ]
+    loaded = [imports.loaded(Path(name)) if name in imported else [*_loaded(runs[name])] for name in arguments]
+    first = alignment.alone(sides[0], loaded[0])
+    others = [
+        alignment.beside(first, loaded[0], side, found) if arguments[0] in imported or name in imported else side
+        for name, side, found in zip(arguments[1:], sides[1:], loaded[1:], strict=True)
+    ]
+    return [first, *others]
+
+
+def _loaded(runs: Sequence[Run]) -> Iterator[alignment.Loaded]:
+    for run in runs:
+        for row in report.analysis_of(run).rows:
+            yield alignment.of_result(row.cell, row.status, row.reason, row.result)
 
 
 def side_of(runs: Sequence[Run], name: str, kind: Literal["run", "bundle"] = "run") -> Side:
@@ -78,10 +110,24 @@ def side_of(runs: Sequence[Run], name: str, kind: Literal["run", "bundle"] = "ru
 
 
 def _measured(argument: str) -> Side:
+    return side_of(_runs_of(argument), _name(argument), _kind(argument))
+
+
+def _paths(argument: str) -> list[Path]:
     # a comma may be part of one path, too
-    paths = [Path(argument)] if Path(argument).exists() else [Path(part) for part in argument.split(",") if part]
-    name = ", ".join(path.resolve().name for path in paths)
-    return side_of([read(path) for path in paths], name, "bundle" if all(path.is_file() for path in paths) else "run")
+    return [Path(argument)] if Path(argument).exists() else [Path(part) for part in argument.split(",") if part]
+
+
+def _runs_of(argument: str) -> list[Run]:
+    return [read(path) for path in _paths(argument)]
+
+
+def _name(argument: str) -> str:
+    return ", ".join(path.resolve().name for path in _paths(argument))
+
+
+def _kind(argument: str) -> Literal["run", "bundle"]:
+    return "bundle" if all(path.is_file() for path in _paths(argument)) else "run"
 
 
 def _entries(run: Run) -> Iterator[Entry]:

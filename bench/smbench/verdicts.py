@@ -44,6 +44,15 @@ class Timing:
     l2: str
     runs: tuple[tuple[float, ...], ...]
     """The samples of each run; a published number is one run of one sample."""
+    definition: str = ""
+    """What the metric counts, see `metrics`; empty where it is what our numbers count."""
+    stated: bool = False
+    """A figure that stands for samples which nobody has, or that a run has one of only."""
+
+    @property
+    def judgeable(self) -> bool:
+        """Whether anything says how far the number would move: samples, or repeats of the run."""
+        return not self.stated or len(self.runs) > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +65,9 @@ class Row:
     verdict: Verdict
     ratio: float
     """Time of B over time of A; of a metric where higher is better, A over B: above 1, B is slower."""
-    ci_low: float
-    ci_high: float
+    ci_low: float | None
+    """None, as the other end, where a side has a stated figure alone: there is no interval then, and no verdict."""
+    ci_high: float | None
     tolerance: float
     """Relative difference up to which noise or the margin explains the ratio."""
     a: float
@@ -71,6 +81,8 @@ class Row:
     @property
     def basis(self) -> str:
         """What the interval was resampled over, on either side."""
+        if self.ci_low is None:
+            return "stated figures"
         a, b = ("restarts" if runs > 1 else "samples" for runs in (self.runs_a, self.runs_b))
         return a if a == b else f"{a} of A, {b} of B"
 
@@ -167,15 +179,16 @@ def rows_of(pairs: Sequence[Pair], noise: Mapping[str, Noise], margin: float) ->
         )
         low, high = float(found.low[i]), float(found.high[i])
         verdict, tolerance = judge(float(found.ratio[i]), low, high, floor, margin)
+        judgeable = pair.a.judgeable and pair.b.judgeable
         rows.append(
             Row(
                 pair.cell,
                 pair.measurement,
                 pair.a.metric,
-                verdict,
+                verdict if judgeable else "unclear",
                 math.exp(found.ratio[i]),
-                math.exp(low),
-                math.exp(high),
+                math.exp(low) if judgeable else None,
+                math.exp(high) if judgeable else None,
                 math.expm1(tolerance),
                 ratios.centre(pair.a.runs),
                 ratios.centre(pair.b.runs),
