@@ -1,6 +1,6 @@
 # each goes to smbench only where it is set
 option  = $(if $($(1)), --$(2) '$($(1))')
-options = $(call option,PROFILE,profile)$(call option,OUT,out)$(call option,ARCH,arch)$(call option,STACK,stack)$(call option,MODEL,model)$(call option,PRICE,price)
+options = $(call option,PROFILE,profile)$(call option,OUT,out)$(call option,ARCH,arch)$(call option,STACK,stack)$(call option,MODEL,model)$(call option,PRICE,price)$(call option,SHAREGPT,sharegpt)$(call option,TRACE,trace)
 python  = .venv/bin/python
 
 # for bench/setup.sh: TORCH_INDEX_URL, an index for torch alone; WHEELHOUSE, a folder of wheels looked at first
@@ -38,7 +38,7 @@ images-size: ready ## What each image built here takes on disk [PULL=1: and to p
 dockerfiles: ready ## Render docker/*.Dockerfile from Dockerfile.j2 and archs.toml
 	@$(python) -m smbench.images dockerfiles
 
-run: setup ## Measure a recipe and write its report: RECIPE= [PROFILE= OUT= ARCH= STACK= MODEL= PRICE= WHERE=docker|here FORCE=1 DRY_RUN=1]
+run: setup ## Measure a recipe and write its report: RECIPE= [PROFILE= OUT= ARCH= STACK= MODEL= PRICE= SHAREGPT= TRACE=torch|nsys WHERE=docker|here FORCE=1 DRY_RUN=1]
 	@.venv/bin/smbench launch '$(RECIPE)'$(options)$(call option,WHERE,where)$(if $(FORCE), --force)$(if $(DRY_RUN), --dry-run)
 
 push: ready ## Push images and say their digests: REGISTRY= [ARCH= STACK= AS_ROOT=1]

@@ -11,6 +11,7 @@ from typing import Any
 from smbench.cell import Cell
 from smbench.result import Result
 from smbench.workerprocess import WorkerProcess
+from smbench.workloads import measures_of
 
 MEASURES = ("e2e_latency", "ttft", "tpot")
 VOCABULARY = 2048
@@ -58,10 +59,38 @@ def job(engine: str = "fake", folder: Path = Path("nowhere"), compare: bool = Fa
     }
 
 
-def request(jobs: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
+BATCH: Mapping[str, Mapping[str, int | str]] = {
+    "static_batch": {"batch": 3, "input_len": 24, "output_len": 5},
+    "offline": {"dataset": "random", "num_prompts": 6, "input_len": 24, "output_len": 5},
+}
+"""Axes of a workload of batches beside those that all have."""
+
+
+def batch_job(
+    subject: str,
+    engine: str = "fake",
+    folder: Path = Path("nowhere"),
+    compare: bool = False,
+    sharegpt: Path | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    """One cell of a batch. `changes` are axes, and settings of the engine where no axis has the name."""
+    wanted = {"model": "synthetic:tiny", "dtype": "float16", "graphs": "eager", "tensor_parallel": 1, **BATCH[subject]}
+    axes = {name: changes.pop(name, value) for name, value in wanted.items()}
+    made = job(engine, folder, compare, **changes)
+    cell = Cell(kind="engine", subject=subject, provider=made["provider"], axes=axes, seed=SEED)
+    names = measures_of(subject, axes)
+    work = {name: {"bytes": 1000 + i, "flops": 2000 + i} for i, name in enumerate(names)}
+    asked = {"measures": list(names), "work": work, "sharegpt": None if sharegpt is None else str(sharegpt)}
+    told = {"cell_id": cell.cell_id, "subject": subject, "axes": axes}
+    return {**made, **told, "engine": {**made["engine"], **asked}}
+
+
+def request(jobs: Sequence[Mapping[str, Any]], folder: Path, trace: str | None = None) -> dict[str, Any]:
     """What a host writes for a worker."""
-    logs = str((folder / "logs").resolve())
-    return {"protocol": 1, "kind": "engine", "device": "cpu", "logs": logs, "measures": [], "jobs": list(jobs)}
+    places = {"logs": str((folder / "logs").resolve()), "folder": str(folder.resolve())}
+    asked = {"protocol": 1, "kind": "engine", "device": "cpu", "measures": [], "jobs": list(jobs)}
+    return {**asked, **places, "time_limit_s": 60.0, "trace": trace}
 
 
 @dataclass(slots=True)
@@ -99,11 +128,15 @@ sys.exit(main([sys.argv[1]]))
 
 
 def through_the_host(
-    jobs: Sequence[Mapping[str, Any]], folder: Path, limit_s: float = 60.0, worker: Sequence[str] | None = None
+    jobs: Sequence[Mapping[str, Any]],
+    folder: Path,
+    limit_s: float = 60.0,
+    worker: Sequence[str] | None = None,
+    trace: str | None = None,
 ) -> Answer:
     """What the host's end of a worker hears of a request until the worker is done. WorkerStopped passes through."""
     answer = Answer()
-    with WorkerProcess(folder, request(jobs, folder), interpreted=False, command=worker or command()) as process:
+    with WorkerProcess(folder, request(jobs, folder, trace), interpreted=False, command=worker or command()) as process:
         for event in process.events(limit_s):
             answer.events.append(event)
     return answer

@@ -110,7 +110,7 @@ def test_draws_are_bell_shaped_and_unlike_for_other_seeds_and_names() -> None:
 def test_the_numbers_of_a_seed_never_change() -> None:
     """They name the weights: other numbers are another format, and results of both are not the same cell."""
     assert bell(0, "model.norm.weight", range(8), CPU).tolist() == [-244, -33, 40, -308, -104, 221, 109, -256]
-    assert checkpoint.FORMAT == models.FORMAT == 1
+    assert checkpoint.FORMAT == models.FORMAT == 2
 
 
 @pytest.mark.gpu
@@ -127,7 +127,7 @@ def test_the_files_of_a_shape_hold_every_tensor_once_and_as_many_bytes_as_predic
     parts = [part for file in files for part in file]
     assert len({part.name for part in parts}) == len(parts)
     total = sum(map(checkpoint.tensor_bytes, parts))
-    facts = checkpointfiles.checked_facts(shape.config, name)
+    facts = checkpointfiles.checked_facts(shape.config, name, plain=True)
     # norms, biases and the index of groups are what the estimate leaves out
     assert total == pytest.approx(facts.resident_bytes("float16"), rel=0.02)
     linear = [part for part in parts if isinstance(part, checkpoint.Linear)]
@@ -164,6 +164,8 @@ def test_a_checkpoint_is_what_its_shape_says(tmp_path: Path) -> None:
         "generation_config.json",
         "model-00001-of-00001.safetensors",
         "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
     ]
     index = json.loads((tmp_path / "tiny" / checkpointfiles.INDEX).read_text(encoding="utf-8"))
     tensors = safetensors.load_file(tmp_path / "tiny" / "model-00001-of-00001.safetensors")
@@ -178,6 +180,25 @@ def test_a_checkpoint_is_what_its_shape_says(tmp_path: Path) -> None:
     checkpoint.write(TINY, 1, tmp_path / "other", CPU)
     hashes = [checkpointfiles.content_hash(tmp_path / name) for name in ("tiny", "again", "other")]
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_checkpoint_that_is_not_quantized_is_bfloat16_throughout(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    checkpoint.write(SHAPES["tiny-bf16"], 0, tmp_path / "plain", CPU)
+    checkpoint.write(TINY, 0, tmp_path / "packed", CPU)
+    assert checkpointfiles.faults(tmp_path / "plain") == []
+    assert "quantization_config" not in checkpointfiles.read_config(tmp_path / "plain")
+    plain, packed = (
+        safetensors.load_file(tmp_path / name / "model-00001-of-00001.safetensors") for name in ("plain", "packed")
+    )
+    assert {tensor.dtype for tensor in plain.values()} == {torch.bfloat16}
+    for module, rows, columns in (("self_attn.k_proj", 256, 128), ("mlp.down_proj", 768, 256)):
+        name = f"model.layers.3.{module}"
+        weight = plain[f"{name}.weight"]
+        # the layout of torch's Linear, at the scale of the packed one
+        assert weight.shape == (columns, rows)
+        twin = gptq.dequantize(*(packed[f"{name}.{tensor}"] for tensor in ("qweight", "qzeros", "scales", "g_idx")))
+        assert weight.float().std() == pytest.approx(float(twin.std()), rel=0.05)
 
 
 def test_layers_are_drawn_at_the_scale_that_keeps_activations_near_one() -> None:

@@ -225,6 +225,15 @@ def test_a_model_of_the_host_is_mounted_read_only_under_its_own_name(tmp_path: P
     assert command[command.index("--model") + 1] == "/models/my, model"
 
 
+def test_a_file_of_conversations_is_mounted_read_only_and_a_profiler_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "sharegpt.json"
+    file.write_text("[]")
+    command = containers.command_line(VLLM, task(sharegpt=file, trace="torch"), last=True)
+    assert f"type=bind,source={file},target=/datasets/sharegpt.json,readonly" in command
+    assert command[command.index("--sharegpt") + 1] == "/datasets/sharegpt.json"
+    assert command[command.index("--trace") + 1] == "torch"
+
+
 def test_caches_are_one_folder_an_arch_and_weights_are_the_callers_own() -> None:
     home = Path("/home/u")
     assert containers.caches({}, home, "sm89") == {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from engine_setups import LIMITS, setup
-from smbench.worker.engines import Completion, UnsupportedByEngine
+from smbench.worker.engines import Completion, Setup, UnsupportedByEngine
 from smbench.worker.engines import sglang as sglang_driver
 
 
@@ -45,6 +45,9 @@ class RecordedServerArgs:
     cuda_graph_backend_prefill: str | None = None
     cuda_graph_bs_decode: list[int] | None = None
     cuda_graph_bs_prefill: list[int] | None = None
+    max_prefill_tokens: int | None = None
+    stream_interval: int = 1
+    tp_size: int = 1
 
 
 class RecordedEngine:
@@ -56,13 +59,36 @@ class RecordedEngine:
         self.asked: list[dict[str, Any]] = []
         self.changes: dict[str, Any] = {}
 
-    def generate(self, **asked: Any) -> dict[str, Any]:
+    def generate(self, **asked: Any) -> Any:
         self.asked.append(asked)
+        if isinstance(asked["input_ids"][0], list):
+            return (
+                self._stream(asked) if asked.get("stream") else [self._answer(asked, ids) for ids in asked["input_ids"]]
+            )
+        return self._answer(asked, asked["input_ids"])
+
+    def _stream(self, asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Every prompt's tokens one at a time, the prompts in turn: all ids so far, in a list that grows in place."""
+        whole = [self._answer(asked, ids) for ids in asked["input_ids"]]
+        grown: list[list[int]] = [[] for _ in whole]
+        for count in range(1, asked["sampling_params"]["max_new_tokens"] + 1):
+            for index, answer in enumerate(whole):
+                grown[index].append(answer["output_ids"][count - 1])
+                meta = {**answer["meta_info"], "completion_tokens": count}
+                yield {"index": index, "output_ids": grown[index], "meta_info": meta}
+
+    def start_profile(self, **asked: Any) -> None:
+        self.asked.append({"start_profile": asked})
+
+    def stop_profile(self) -> None:
+        self.asked.append({"stop_profile": True})
+
+    def _answer(self, asked: dict[str, Any], ids: list[int]) -> dict[str, Any]:
         count = asked["sampling_params"]["max_new_tokens"]
         meta: dict[str, Any] = {
             "id": "0",
             "finish_reason": {"type": "length", "length": count},
-            "prompt_tokens": len(asked["input_ids"]),
+            "prompt_tokens": len(ids),
             "completion_tokens": count,
             "cached_tokens": 0,
             "e2e_latency": 1.5,
@@ -213,3 +239,81 @@ def test_what_sglang_says_of_itself(sglang: None) -> None:
     }
     engine.close()
     assert recorded.asked == [{"shutdown": True}]
+
+
+def static(**changes: Any) -> Setup:
+    """A batch of four prompts of 128 tokens."""
+    given: dict[str, Any] = {"workload": "static_batch", "scheduling": "one-step", "batch": 4, "chunk_tokens": 512}
+    return setup(**{**given, **changes})
+
+
+def test_a_batch_in_the_words_of_sglang(sglang: None) -> None:
+    found = sglang_driver.arguments_of(static(tensor_parallel=4))
+    wanted = {
+        # all prompts in one step, which is over before the next one is planned
+        "chunked_prefill_size": 512,
+        "max_prefill_tokens": 512,
+        "disable_overlap_schedule": True,
+        "stream_interval": 1,
+        "tp_size": 4,
+        "disable_radix_cache": True,
+    }
+    assert {name: found[name] for name in wanted} == wanted
+    graphs = sglang_driver.arguments_of(static(graphs="full"))
+    assert (graphs["cuda_graph_backend_decode"], graphs["cuda_graph_bs_decode"]) == ("full", [4])
+    assert "cuda_graph_bs_prefill" not in graphs
+
+
+def test_a_server_of_sglang_schedules_as_it_likes(sglang: None) -> None:
+    asked = setup(workload="online", scheduling="default", chunk_tokens=0, prefix_caching=True, settings=MARLIN)
+    found = sglang_driver.arguments_of(asked)
+    assert not {"chunked_prefill_size", "max_prefill_tokens", "disable_overlap_schedule"} & found.keys()
+    assert found["disable_radix_cache"] is False
+    served = sglang_driver.serve_command(asked, "127.0.0.1", 4321)
+    words = list(served.argv)
+    assert words[:3] == [sys.executable, "-m", "sglang.launch_server"]
+    wanted = {
+        "--host": "127.0.0.1",
+        "--port": "4321",
+        "--served-model-name": served.model,
+        "--model-path": "model",
+        "--dtype": "float16",
+        "--context-length": "9000",
+        "--mem-fraction-static": "0.9",
+        "--quantization": "gptq_marlin",
+    }
+    assert {option: words[words.index(option) + 1] for option in wanted} == wanted
+    # what is off is left out, and a server reads text
+    assert not {"--disable-radix-cache", "--skip-tokenizer-init"} & set(words)
+    assert {"--enable-metrics", "--enable-cache-report"} < set(words)
+    graphs = sglang_driver.serve_command(static(graphs="full"), "h", 1).argv
+    assert graphs[graphs.index("--cuda-graph-bs-decode") + 1] == "4"
+
+
+def test_the_steps_of_a_batch_of_sglang_are_those_of_its_stream(sglang: None) -> None:
+    engine, recorded = started(**{"workload": "static_batch", "scheduling": "one-step", "batch": 2})
+    answer = engine.batch([[1, 2, 3], [4, 5, 6]], 4, stepwise=True)
+    assert answer.token_ids == [[7, 8, 9, 10]] * 2
+    assert (answer.prompt_tokens, answer.finish_reasons, answer.cached_tokens) == ([3, 3], ["length"] * 2, 0)
+    assert (answer.step_clock, len(answer.step_s)) == ("stream", 3)
+    assert answer.prefill_s is not None and answer.prefill_s > 0
+    # one message for the whole batch
+    (asked,) = recorded.asked
+    assert (asked["input_ids"], asked["stream"]) == ([[1, 2, 3], [4, 5, 6]], True)
+
+
+def test_an_offline_batch_of_sglang_is_not_streamed(sglang: None) -> None:
+    engine, recorded = started()
+    recorded.changes = {"cached_tokens": 2}
+    answer = engine.batch([[1, 2, 3], [4, 5]], 4, stepwise=False)
+    assert (answer.prompt_tokens, answer.cached_tokens, answer.step_clock) == ([3, 2], 4, "none")
+    assert "stream" not in recorded.asked[0]
+
+
+def test_sglang_profiles_its_own_scheduler(sglang: None, tmp_path: Path) -> None:
+    engine, recorded = started()
+    with engine.tracer(tmp_path):
+        engine.batch([[1]], 2, stepwise=False)
+    begun, _, ended = recorded.asked
+    assert begun == {"start_profile": {"output_dir": str(tmp_path), "activities": ["CPU", "GPU"]}}
+    assert ended == {"stop_profile": True}

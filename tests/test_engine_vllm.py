@@ -9,14 +9,14 @@ import dataclasses
 import os
 import sys
 from collections.abc import Mapping
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from torch import nn
 
 from engine_setups import LIMITS, setup
-from smbench.worker.engines import UnsupportedByEngine
+from smbench.worker.engines import UnsupportedByEngine, vllm_batch
 from smbench.worker.engines import vllm as vllm_driver
 
 
@@ -37,6 +37,7 @@ class RecordedArguments:
     kv_cache_memory_bytes: int | None = None
     disable_log_stats: bool = False
     async_scheduling: bool | None = None
+    tensor_parallel_size: int = 1
     block_size: int | None = None
     linear_backend: str = "auto"
     attention_backend: str | None = None
@@ -92,12 +93,125 @@ def test_a_cell_in_the_words_of_vllm(vllm: ModuleType) -> None:
         ({"settings": {"linear_kernel": "default"}}, {}),
         ({"settings": {"async_scheduling": False, "block_size": 16}}, {"async_scheduling": False, "block_size": 16}),
         ({"limits": dataclasses.replace(LIMITS, kv_cache_bytes=1 << 30)}, {"kv_cache_memory_bytes": 1 << 30}),
+        ({"tensor_parallel": 2}, {"tensor_parallel_size": 2}),
+        ({"prefix_caching": True}, {"enable_prefix_caching": True}),
+        # all prompts in one step, which is over before the next one is planned
+        (
+            {"workload": "static_batch", "scheduling": "one-step", "batch": 4, "chunk_tokens": 512},
+            {"max_num_batched_tokens": 512, "async_scheduling": False},
+        ),
+        (
+            {"workload": "static_batch", "scheduling": "one-step", "chunk_tokens": 2, "graphs": "full"},
+            {
+                "max_num_batched_tokens": 4,
+                "async_scheduling": False,
+                "compilation_config": {
+                    "mode": 0,
+                    "cudagraph_mode": "FULL_DECODE_ONLY",
+                    "cudagraph_capture_sizes": [1],
+                    "max_cudagraph_capture_size": 1,
+                },
+            },
+        ),
+        (
+            {"workload": "online", "scheduling": "default", "chunk_tokens": 0, "graphs": "full"},
+            {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
+        ),
     ],
 )
 def test_what_an_axis_or_a_setting_adds(vllm: ModuleType, changes: dict[str, Any], wanted: dict[str, Any]) -> None:
     found = vllm_driver.arguments_of(setup(**changes))
     plain_cell = vllm_driver.arguments_of(setup())
     assert {name: value for name, value in found.items() if plain_cell.get(name) != value} == wanted
+
+
+def test_offline_and_online_vllm_schedules_as_it_likes(vllm: ModuleType) -> None:
+    found = vllm_driver.arguments_of(setup(workload="offline", scheduling="default", chunk_tokens=0))
+    assert not {"max_num_batched_tokens", "enable_chunked_prefill", "async_scheduling"} & found.keys()
+
+
+def test_a_server_of_vllm_gets_the_same(vllm: ModuleType) -> None:
+    asked = setup(workload="online", scheduling="default", chunk_tokens=0, tensor_parallel=2, graphs="full")
+    served = vllm_driver.serve_command(asked, "127.0.0.1", 4321)
+    words = list(served.argv)
+    assert words[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    wanted = {
+        "--host": "127.0.0.1",
+        "--port": "4321",
+        "--served-model-name": served.model,
+        "--model": "model",
+        "--max-model-len": "9000",
+        "--tensor-parallel-size": "2",
+        "--compilation-config": '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}',
+    }
+    assert {option: words[words.index(option) + 1] for option in wanted} == wanted
+    assert "--no-enable-prefix-caching" in words and "--skip-tokenizer-init" not in words
+    # its core is a process of its own there
+    assert served.environment == {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    assert served.version == "0.32.0"
+
+
+class Stepped:
+    """An engine whose steps are told: for each the prompts that get a token."""
+
+    def __init__(self, steps: list[list[int]], unfinished: bool = False) -> None:
+        self.llm_engine = self
+        self._steps, self._unfinished = iter(steps), unfinished
+        self.names: list[str] = []
+        self.aborted: list[str] = []
+
+    def add_request(self, name: str, prompt: Mapping[str, Any], sampling: Any) -> None:
+        assert sampling["output_kind"] == "delta"
+        self.names.append(name)
+
+    def step(self) -> list[Any]:
+        return [
+            SimpleNamespace(
+                request_id=self.names[i],
+                prompt_token_ids=[1, 2],
+                num_cached_tokens=0,
+                outputs=[SimpleNamespace(token_ids=[7], finish_reason="length")],
+            )
+            for i in next(self._steps)
+        ]
+
+    def has_unfinished_requests(self) -> bool:
+        return self._unfinished
+
+    def abort_request(self, names: list[str]) -> None:
+        self.aborted = names
+
+
+@pytest.fixture
+def sampling(vllm: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm.__dict__["SamplingParams"] = dict
+    module = ModuleType("vllm.sampling_params")
+    module.__dict__["RequestOutputKind"] = SimpleNamespace(DELTA="delta", FINAL_ONLY="final")
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", module)
+
+
+def test_a_batch_of_vllm_goes_step_by_step(sampling: None) -> None:
+    answer = vllm_batch.steps(Stepped([[0, 1], [1, 0], [0, 1]]), [[1, 2], [1, 2]], 3)
+    assert answer.token_ids == [[7, 7, 7], [7, 7, 7]]
+    assert (answer.step_clock, len(answer.step_s), answer.cached_tokens) == ("engine-step", 2, 0)
+    assert answer.prefill_s is not None and answer.prefill_s > 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "unfinished", "words"),
+    [
+        ([[0]], False, "step 0 of a batch of 2: 1 of it did not get their one token"),
+        ([[0, 1], [1, 1]], False, "step 1 of a batch of 2: 2 of it did not get their one token"),
+        ([[0, 1], [0, 1]], True, "a batch goes on after 2 steps"),
+    ],
+)
+def test_a_step_of_vllm_that_does_not_serve_all_is_no_measurement(
+    sampling: None, steps: list[list[int]], unfinished: bool, words: str
+) -> None:
+    engine = Stepped(steps, unfinished)
+    with pytest.raises(RuntimeError, match=words):
+        vllm_batch.steps(engine, [[1, 2], [1, 2]], 2)
+    assert engine.aborted == engine.names
 
 
 def test_a_version_without_linear_backend_has_the_other_kernels_disabled(

@@ -21,7 +21,7 @@ from smbench.worker.engines.plain import plain
 @pytest.mark.parametrize("name", ENGINES)
 def test_every_driver_is_one(name: str) -> None:
     found = driver(name)
-    for member in ("preload", "start"):
+    for member in ("preload", "start", "serve_command"):
         wanted = list(inspect.signature(getattr(Driver, member)).parameters)[1:]
         assert list(inspect.signature(getattr(found, member)).parameters) == wanted
     assert all(isinstance(value, str) for value in [*found.ENVIRONMENT.values(), *found.SETTINGS.values()])
@@ -30,7 +30,7 @@ def test_every_driver_is_one(name: str) -> None:
 @pytest.mark.parametrize("name", ENGINES)
 def test_naming_an_engine_imports_nothing_of_it(name: str) -> None:
     importlib.reload(importlib.import_module(ENGINES[name]))
-    assert not {"vllm", "sglang", "transformers"} & sys.modules.keys()
+    assert not {"lmdeploy", "sglang", "tensorrt_llm", "transformers", "vllm"} & sys.modules.keys()
 
 
 def test_a_setup_is_the_axes_of_a_cell_and_the_limits_of_its_profile() -> None:

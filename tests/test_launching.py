@@ -235,6 +235,11 @@ def test_the_cpu_profile_runs_in_this_very_python(host: Host, monkeypatch: pytes
     assert err == "in place: the cpu profile needs no image; ARCH=cpu runs it in one\n"
 
 
+def test_a_profiler_is_for_the_run_to_judge(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    command, _ = in_place(host, monkeypatch, "small", "--trace", "torch")
+    assert command[command.index("--trace") + 1] == "torch"
+
+
 def test_where_there_is_no_docker_a_gpu_run_takes_place_here(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     host.card(CARD)
     host.has_no_docker("docker is not installed")

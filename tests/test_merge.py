@@ -46,6 +46,8 @@ def measured(
     (folder / "results.jsonl").write_text(environment.model_dump_json() + "\n" + lines, encoding="utf-8")
     (folder / "logs").mkdir()
     (folder / "logs" / "worker-001.log").write_text(f"log of {folder.name}", encoding="utf-8")
+    (folder / "native").mkdir()
+    (folder / "native" / f"cell-of-{folder.name}.json").write_text(folder.name, encoding="utf-8")
     return folder
 
 
@@ -71,6 +73,8 @@ def test_a_measured_result_takes_the_place_of_an_unsupported_one_and_nothing_is_
     assert [session.started_at for session in joined.sessions] == ["2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"]
     logs = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "both" / "logs").iterdir()}
     assert logs == {"worker-001.log": "log of a", "worker-002.log": "log of b"}
+    native = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "both" / "native").iterdir()}
+    assert native == {"cell-of-a.json": "a", "cell-of-b.json": "b"}
     assert (tmp_path / "both" / "recipe.toml").read_bytes() == fake_run.RECIPE
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 

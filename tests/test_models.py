@@ -43,10 +43,10 @@ def snapshot(caches: Path, name: str = "org/model", commit: str = COMMIT) -> Pat
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_synthetic_model_is_known_before_it_is_written(shape: str, caches: Path) -> None:
-    model = models.find(f"synthetic:{shape}")
+    model = models.find(f"synthetic:{shape}", plain=True)
     assert (model.name, model.source) == (f"synthetic:{shape}", "synthetic")
-    assert model.path == caches / "cache" / "models" / f"{shape}-seed0-format1"
-    assert (model.facts.bits, model.facts.group) == (4, 128)
+    assert model.path == caches / "cache" / "models" / f"{shape}-seed0-format2"
+    assert (model.facts.bits, model.facts.group) == ((None, None) if shape.endswith("-bf16") else (4, 128))
     assert not model.path.exists()
 
 
@@ -67,6 +67,32 @@ def test_a_wrong_shape_lists_those_that_exist_and_suggests() -> None:
     )
     assert refusal("syntetic:tiny").endswith("; did you mean 'synthetic:tiny'?")
     assert refusal("tiny").endswith("; did you mean 'synthetic:tiny'?")
+
+
+def test_weights_that_are_not_quantized_are_taken_only_where_they_are_meant(caches: Path) -> None:
+    assert "not a GPTQ checkpoint" in refusal("synthetic:tiny-bf16")
+    folder = write_checkpoint(
+        caches / "model", tiny_config(quantization_config=None), {"model.safetensors": ["model.norm.weight"]}
+    )
+    assert "not a GPTQ checkpoint" in refusal(str(folder))
+    assert models.find(str(folder), plain=True).facts.bits is None
+    with pytest.raises(UsageError, match="quant_method is 'awq'"):
+        models.find(str(write_checkpoint(caches / "awq", quantized(quant_method="awq"))), plain=True)
+
+
+def test_packed_weights_that_the_configuration_does_not_mention_are_refused(caches: Path) -> None:
+    folder = write_checkpoint(caches / "model", tiny_config(quantization_config=None))
+    with pytest.raises(UsageError, match=r"holds packed weights \(tensors named \*\.qweight\), and config.json"):
+        models.find(str(folder), plain=True)
+
+
+def test_the_facts_of_the_frameworks_document_s_models() -> None:
+    """Their checkpoints on the hub have 65.53 and 29.54 GB."""
+    for name, total in (
+        ("Qwen/Qwen2.5-32B-Instruct@5ede1c97bbab6ce5cda5812749b4c0bdf79b18dd", 65.53e9),
+        ("Qwen/Qwen2.5-14B-Instruct@cf98f3b3bbb457ad9e2bb7baf9a0125b6b88caa8", 29.54e9),
+    ):
+        assert models.find(name, plain=True).facts.resident_bytes("bfloat16") == pytest.approx(total, rel=1e-3)
 
 
 def test_a_model_of_the_hub_must_be_pinned() -> None:

@@ -8,7 +8,15 @@ import sys
 import pytest
 
 from fake_nvml import FIXED_FACTS, UUID, FakeNvml, NVMLError, NVMLErrorNotSupported, install, process
-from smbench.nvml import NvmlUnavailable, fixed_facts, instant, open_gpu, other_processes, throttle_reasons
+from smbench.nvml import (
+    NvmlUnavailable,
+    fixed_facts,
+    instant,
+    open_gpu,
+    other_processes,
+    throttle_reasons,
+    visible_gpus,
+)
 
 
 @pytest.fixture(name="nvml")
@@ -132,8 +140,14 @@ def test_a_machine_with_too_few_cards(nvml: FakeNvml) -> None:
         open_gpu(2)
 
 
+@pytest.mark.parametrize(("visible", "count"), [(None, 2), ("1", 1), ("1,0", 2), ("", 0), ("0,-1,1", 1)])
+def test_visible_cards_are_counted_as_cuda_counts_them(nvml: FakeNvml, visible: str | None, count: int) -> None:
+    assert visible_gpus({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == count
+
+
 def test_no_driver(nvml: FakeNvml) -> None:
     nvml.answers["nvmlInit"] = NVMLError("Driver Not Loaded")
+    assert visible_gpus({}) == 0
     with pytest.raises(NvmlUnavailable, match="NVML: Driver Not Loaded"):
         open_gpu()
 

@@ -40,8 +40,8 @@ FAULTS = {
     "unknown key of a row": (
         "samples = 5",
         "sampels = 5",
-        "profile.cpu.measure[0].sampels: unknown key; known keys here: calls, l2, method, min_samples, name, replays, "
-        "samples, title, warmup, window_s; did you mean 'samples'?",
+        "profile.cpu.measure[0].sampels: unknown key; known keys here: calls, l2, method, min_samples, name, part, "
+        "replays, samples, title, warmup, window_s; did you mean 'samples'?",
     ),
     "unknown key at the top": (
         "seed = 5",

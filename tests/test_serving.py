@@ -275,8 +275,12 @@ def test_a_cell_that_is_only_verified_has_no_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("jobs", "words"),
     [
-        ([job(engine="fale")], "unknown engine 'fale'; known: fake, sglang, transformers, vllm"),
-        ([job(pace=3)], "providers.fake-3.settings.pace: unknown setting of engine 'fake'; known: script, at, step_ms"),
+        ([job(engine="fale")], "unknown engine 'fale'; known: fake, lmdeploy, sglang, transformers, trtllm, vllm"),
+        (
+            [job(pace=3)],
+            "providers.fake-3.settings.pace: unknown setting of engine 'fake'; "
+            "known: script, at, step_ms, prefix_caching",
+        ),
         ([HONEST, job(engine="transformers")], "one worker serves one engine, and the request has fake, transformers"),
     ],
 )

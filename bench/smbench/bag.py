@@ -18,7 +18,7 @@ from smbench.runfolder import Run
 FORMAT = 1
 """Version of the bundle. History: 1 = first."""
 REQUIRED = ("REPRODUCE.md", "plan.json", "recipe.toml", "report.html", "report.md", "results.jsonl", "run.json")
-FOLDERS = ("figures", "image", "logs", "native", "records", "sources")
+FOLDERS = ("figures", "image", "logs", "native", "records", "sources", "traces")
 """What a payload may hold besides REQUIRED."""
 BAGIT = b"BagIt-Version: 1.0\nTag-File-Character-Encoding: UTF-8\n"
 TAG_FILES = ("bagit.txt", "bag-info.txt", "manifest-sha256.txt", "tagmanifest-sha256.txt")

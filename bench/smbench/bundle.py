@@ -19,18 +19,32 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from smbench import __version__, recipe, report, reproduce, runfolder
+from smbench import __version__, memorysnapshot, recipe, report, reproduce, runfolder
 from smbench.archive import CHUNK, Writer, unsafe
 from smbench.bag import bundle_name, info_of, manifest_of, tag_files
 from smbench.cell import Cell
 from smbench.errors import CorruptError, UsageError
 from smbench.identity import environment_id
 from smbench.redaction import Personal, Redactor
-from smbench.result import Check, Environment, Measurement, Result, Selection, Session, Status, Work
+from smbench.result import (
+    Check,
+    Environment,
+    Measurement,
+    Memory,
+    OutputError,
+    Result,
+    Selection,
+    Session,
+    Status,
+    Work,
+)
 from smbench.runfolder import Run
 from smbench.sources import KERNELS, kernel_files, kernels_sha256, renderer_id
 from smbench.verify import verify
 
+FOREIGN = ("logs", "native", "traces")
+UNREADABLE = (".nsys-rep", ".sqlite")
+"""Endings of files that cannot be redacted: Nsight Systems keeps the environment of what it watched."""
 IMAGE_DIR = Path("/etc/smbench")
 SBOM = "sbom.json"
 VERSIONED = ("libraries", "runtime", "python", "gpu")
@@ -39,13 +53,13 @@ FIXED = ("record", "cell", "cell_id", "environment_id", "status", "measurements"
 """Keys of a result whose content the plan and the recipe fix, or that are numbers."""
 _SCHEMA_WORDS: tuple[str, ...] = (
     *get_args(Status),
-    *("graph", "event", "wall", "cold", "warm", "finished", "interrupted", "failed"),
+    *("graph", "event", "wall", "allocator", "cold", "warm", "finished", "interrupted", "failed"),
     *("default", "tuned", "exact", "nearest", "given", "library", "smbench", "kernels", "cuda", "cpu"),
     *("result", "environment", "session", "float16", "bfloat16", "float32", "float64"),
 )
 _MODELS: tuple[type[BaseModel], ...] = (
     *(recipe.Recipe, recipe.Profile, recipe.Grid, recipe.MeasureRow, recipe.ProviderRow, recipe.Estimate),
-    *(Cell, Result, Environment, Session, Measurement, Check, Selection, Work),
+    *(Cell, Result, Environment, Session, Measurement, Check, OutputError, Memory, Selection, Work),
     *(runfolder.RunFile, runfolder.PlanFile),
 )
 
@@ -159,11 +173,10 @@ def pack(
 def _fill(stage: _Stage, run: Run) -> Run:
     """Write the payload; the run as it reads after redaction."""
     _records(stage, run)
-    for kind in ("logs", "native"):
+    for kind in FOREIGN:
         for path in _files(stage.source / kind):
             _foreign(stage, path, f"{kind}/{_place(stage.source / kind, path)}")
-    for path in sorted((stage.source / name) for name in ("logs", "native")):
-        stage.notes += [f"{link.name} in {path.name}/ is no plain file and stays out" for link in _odd(path)]
+        stage.notes += [f"{odd.name} in {kind}/ is no plain file and stays out" for odd in _odd(stage.source / kind)]
     staged = runfolder.load(stage.folder)
     _machinery(stage, staged)
     _report(stage, staged)
@@ -241,6 +254,9 @@ def _redacted_record(record: dict[str, Any], redact: Redactor, renamed: dict[str
 def _foreign(stage: _Stage, path: Path, name: str) -> None:
     """A log, or a file that an engine wrote: text is redacted; what is no text goes as it is, or not at all."""
     data = path.read_bytes()
+    if path.suffix in UNREADABLE:
+        stage.notes.append(f"{path.name} holds variables of the process in a form of its own and stays out")
+        return
     if not data:
         return
     clean = "/".join(_clean_component(stage.redactor.text(part)) for part in name.split("/"))
@@ -252,6 +268,13 @@ def _foreign(stage: _Stage, path: Path, name: str) -> None:
         return
     if name != clean:
         stage.notes.append(f"a file is called {clean} here")
+    if clean.endswith(memorysnapshot.SUFFIX):
+        # as text its addresses would read like anything
+        try:
+            stage.counted(clean, lambda: memorysnapshot.rewritten(data, clean, stage.redactor.tree))
+        except CorruptError as error:
+            stage.notes.append(f"{error}; it stays out")
+        return
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:

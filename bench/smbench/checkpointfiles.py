@@ -1,6 +1,6 @@
 """A checkpoint's folder as engines will find it: config.json, index, safetensors headers. Reads; loads no weights.
 
-Owns what a GPTQ checkpoint must be so that every engine of the recipe takes it, and its hash. Does not own where
+Owns what a checkpoint must be so that every engine of a recipe takes it, and its hash. Does not own where
 checkpoints lie nor how they come there (`models`). Every UsageError begins with the path that it is about.
 """
 
@@ -36,15 +36,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     return _json(folder / CONFIG)
 
 
-def checked_facts(config: Mapping[str, Any], where: str) -> ModelFacts:
-    """What the work follows from. UsageError for a model that is not GPTQ as the engines take it."""
+def checked_facts(config: Mapping[str, Any], where: str, plain: bool = False) -> ModelFacts:
+    """What the work follows from. UsageError for a model that is not GPTQ as the engines take it.
+
+    `plain` takes weights that are not quantized too.
+    """
     names = config.get("architectures") or [config.get("model_type", "unknown")]
     if not set(names) & set(ARCHITECTURES):
         raise UsageError(
             f"{where}: architecture {', '.join(map(str, names))} is not supported; "
             f"supported: {', '.join(ARCHITECTURES)}"
         )
-    if fault := _quantization_fault(config.get("quantization_config")):
+    quantization = config.get("quantization_config")
+    taken = plain and quantization is None
+    if not taken and (fault := _quantization_fault(quantization)):
         raise UsageError(f"{where}: {fault}")
     try:
         return facts_of(config)
@@ -85,6 +90,7 @@ def _quantization_fault(found: Any) -> str | None:
 def faults(folder: Path) -> list[str]:
     """What is missing or cut short of the weights that the index names; empty where all is there."""
     try:
+        promised = read_config(folder).get("quantization_config") is not None
         names = weight_files(folder)
     except UsageError as error:
         return [str(error)]
@@ -104,10 +110,12 @@ def faults(folder: Path) -> list[str]:
         if size != end:
             found.append(f"{folder / name}: has {size} bytes, and its header promises {end}: it did not arrive whole")
         quantized = quantized or any(key.endswith(".qweight") for key in header)
-    if not found and not quantized:
+    if not found and promised and not quantized:
         found.append(
             f"{folder}: holds no packed weights (tensors named *.qweight), so it is not GPTQ, whatever {CONFIG} says"
         )
+    if not found and quantized and not promised:
+        found.append(f"{folder}: holds packed weights (tensors named *.qweight), and {CONFIG} does not say how")
     return found
 
 

@@ -10,16 +10,16 @@ import os
 import shlex
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from smbench import evidence, launching, terminal
+from smbench import evidence, importcommand, launching, plancommands, terminal
 from smbench.terminal import AsJson
 
 if TYPE_CHECKING:
     from smbench.analysis import Analysis
-    from smbench.plan import Here, Plan, Planned
+    from smbench.plan import Here, Plan
 
 app = typer.Typer(
     help="Repeat published LLM-inference measurements, trust the numbers, send them home.",
@@ -28,7 +28,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(evidence.commands)
+app.add_typer(importcommand.commands)
 app.add_typer(launching.commands)
+app.add_typer(plancommands.commands)
 
 RecipeName = Annotated[str, typer.Argument(help="Recipe name, see `smbench list`.")]
 ProfileName = Annotated[
@@ -44,29 +46,15 @@ ModelName = Annotated[
     typer.Option("--model", help="Other weights for engines: NAME@REVISION, a folder, or synthetic:SHAPE."),
 ]
 Price = Annotated[float | None, typer.Option("--price", help="What an hour of this machine costs.", min=0)]
+ShareGpt = Annotated[
+    Path | None,
+    typer.Option("--sharegpt", metavar="FILE", help="Conversations for dataset sharegpt; nothing is fetched."),
+]
+TraceTool = Annotated[
+    str | None, typer.Option("--trace", help="torch or nsys: one more, uncounted batch of each cell under a profiler.")
+]
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@app.command("list")
-def list_recipes(as_json: AsJson = False) -> None:
-    """The recipes, their profiles and sizes."""
-    from smbench import recipe, resources
-
-    found = [recipe.load(recipe.find(name, resources.recipes_dir())) for name in recipe.names(resources.recipes_dir())]
-    sizes = {entry.name: {profile: len(entry.cells(profile)) for profile in entry.profile} for entry in found}
-    if as_json:
-        terminal.say_json(
-            [{"name": r.name, "title": r.title, "document": r.document, "cells": sizes[r.name]} for r in found]
-        )
-        return
-    terminal.say_table(
-        ("recipe", "document", "profiles (cells)", "title"),
-        [
-            (entry.name, entry.document, ", ".join(f"{p} ({n})" for p, n in sizes[entry.name].items()), entry.title)
-            for entry in found
-        ],
-    )
 
 
 @app.command()
@@ -75,32 +63,13 @@ def plan(
     profile: ProfileName = None,
     provider: Providers = None,
     model: ModelName = None,
+    sharegpt: ShareGpt = None,
     cells: Annotated[bool, typer.Option("--cells", help="List every cell.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """What `run` would do here: cells, their stack, minutes, and what is unsupported and why."""
-    resolved = _resolve(recipe, profile, provider, model)
-    if as_json:
-        terminal.say_json(_plan_json(resolved))
-        return
-    terminal.say(f"recipe {resolved.recipe.name}, profile {resolved.profile_name}: {len(resolved.entries)} cells")
-    if cells:
-        terminal.say_table(
-            ("cell", "what", "stack", "outcome"),
-            [(entry.cell.cell_id, entry.cell.label(), entry.stack, _outcome(entry)) for entry in resolved.entries],
-        )
-    else:
-        groups: dict[tuple[str, str, str, str], int] = {}
-        for entry in resolved.entries:
-            outcome = _outcome(entry)
-            key = (entry.cell.subject, entry.cell.provider, entry.stack, outcome)
-            groups[key] = groups.get(key, 0) + 1
-        terminal.say_table(
-            ("op", "provider", "stack", "cells", "outcome"),
-            [(op, name, stack, str(count), outcome) for (op, name, stack, outcome), count in groups.items()],
-        )
-    estimate = resolved.profile.estimate
-    terminal.say(f"estimate: {resolved.estimate_s() / 60:.1f} minutes (basis: {estimate.source})")
+    resolved = _resolve(recipe, profile, provider, model, sharegpt)
+    plancommands.say(resolved, cells, as_json)
 
 
 @app.command()
@@ -111,6 +80,8 @@ def run(
     provider: Providers = None,
     model: ModelName = None,
     price: Price = None,
+    sharegpt: ShareGpt = None,
+    trace: TraceTool = None,
     force: Annotated[
         bool, typer.Option("--force", help="Measure even if this image is of another arch than the card; marked.")
     ] = False,
@@ -118,12 +89,13 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Measure a recipe and write its report. The same command again goes on where it stopped."""
-    from smbench import place
+    from smbench import place, profiling
     from smbench.plan import default_folder
 
     # as the first process of a container nobody else ends us, and importing takes a while
     signal.signal(signal.SIGTERM, _leave)
-    resolved = _resolve(recipe, profile, provider, model)
+    resolved = _resolve(recipe, profile, provider, model, sharegpt)
+    profiling.require(trace, resolved)
     if out is None:
         root, warning = place.runs_root(place.image_here())
         out = default_folder(resolved, _device_name(), root)
@@ -132,9 +104,11 @@ def run(
     options = [option for name in provider or () for option in ("--provider", name)]
     options += ["--model", model] if model else []
     options += ["--price", f"{price:g}"] if price is not None else []
+    options += ["--sharegpt", terminal.shown(sharegpt)] if sharegpt else []
+    options += ["--trace", trace] if trace else []
     options += ["--force"] if force else []
     command = ["smbench", "run", recipe, "--profile", resolved.profile_name, *options, "--out", terminal.shown(out)]
-    analysis = _measure(resolved, out, os.environ.get(place.AGAIN) or shlex.join(command), price, force)
+    analysis = _measure(resolved, out, os.environ.get(place.AGAIN) or shlex.join(command), price, force, trace)
     signal.signal(signal.SIGTERM, _leave)
     terminal.say_how_it_ended(out, analysis, as_json, _packed(out) if pack else None)
 
@@ -283,16 +257,29 @@ def main() -> None:
         terminal.fail(str(error), error.exit_code)
 
 
-def _resolve(recipe_name: str, profile: str | None, providers: list[str] | None, model: str | None = None) -> Plan:
+def _resolve(
+    recipe_name: str,
+    profile: str | None,
+    providers: list[str] | None,
+    model: str | None = None,
+    sharegpt: Path | None = None,
+) -> Plan:
     from smbench import plan as plans
     from smbench import recipe, resources
 
     path = recipe.find(recipe_name, resources.recipes_dir())
     loaded = recipe.load(path)
-    return plans.make(loaded, path.read_bytes(), profile, _here(), providers or (), model)
+    return plans.make(loaded, path.read_bytes(), profile, _here(), providers or (), model, sharegpt)
 
 
-def _measure(resolved: Plan, folder: Path, command: str, price: float | None = None, force: bool = False) -> Analysis:
+def _measure(
+    resolved: Plan,
+    folder: Path,
+    command: str,
+    price: float | None = None,
+    force: bool = False,
+    trace: str | None = None,
+) -> Analysis:
     """Run a plan in a folder and render its report; `command` is what goes on where this one was stopped."""
     from smbench import place, runfolder, runner
     from smbench import report as reports
@@ -311,7 +298,7 @@ def _measure(resolved: Plan, folder: Path, command: str, price: float | None = N
         done = runfolder.load(folder).results if (folder / "run.json").exists() else {}
         try:
             with Progress(resolved, done) as progress:
-                runner.run(resolved, folder, progress.advance, terminal.warn, price_per_hour=price)
+                runner.run(resolved, folder, progress.advance, terminal.warn, price_per_hour=price, trace=trace)
             analysis = reports.render(folder)
         except KeyboardInterrupt as stop:
             _stopped(stop, again)
@@ -350,33 +337,6 @@ def _here() -> Here:
 def _device_name() -> str | None:
     """The product name of the GPU that a worker would use, None without one."""
     return _here().device_name
-
-
-def _outcome(entry: Planned) -> str:
-    if entry.unsupported:
-        return f"unsupported: {entry.unsupported}"
-    if entry.skipped:
-        return f"skipped: {entry.skipped}"
-    return f"verified: {entry.untimed}" if entry.untimed else "timed"
-
-
-def _plan_json(plan: Plan) -> dict[str, Any]:
-    return {
-        "recipe": plan.recipe.name,
-        "profile": plan.profile_name,
-        "estimate_s": plan.estimate_s(),
-        "cells": [
-            {
-                "cell_id": entry.cell.cell_id,
-                **entry.cell.model_dump(),
-                "stack": entry.stack,
-                "unsupported": entry.unsupported,
-                "skipped": entry.skipped,
-                "untimed": entry.untimed,
-            }
-            for entry in plan.entries
-        ],
-    }
 
 
 def _interrupt(signal_number: int, frame: object) -> NoReturn:

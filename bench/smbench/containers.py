@@ -28,6 +28,7 @@ ALL = "all"
 CACHE = PurePosixPath("/cache")
 """Home and every cache of the images."""
 MODELS = PurePosixPath("/models")
+DATASETS = PurePosixPath("/datasets")
 RUNS = PurePosixPath("/workspace/runs")
 SHM_SIZE = "16g"
 """A limit and no reservation; docker's own 64 MB is too little for engines with several processes."""
@@ -135,6 +136,9 @@ class Task:
     providers: Sequence[str] = ()
     price: float | None = None
     force: bool = False
+    sharegpt: Path | None = None
+    """A file of the host, which is mounted."""
+    trace: str | None = None
     environ: Mapping[str, str] = field(default_factory=dict)
     """The caller's."""
 
@@ -207,6 +211,11 @@ def command_line(image: Image, task: Task, last: bool) -> list[str]:
         path = path.resolve()
         mounts.append(_mount(path, MODELS / path.name, "readonly"))
         model = str(MODELS / path.name)
+    sharegpt: PurePosixPath | None = None
+    if task.sharegpt is not None:
+        file = task.sharegpt.resolve()
+        sharegpt = DATASETS / file.name
+        mounts.append(_mount(file, sharegpt, "readonly"))
     variables = {name: task.environ[name] for name in PASSED_ON if name in task.environ}
     variables[AGAIN] = task.again
     if image.digest is not None:
@@ -236,6 +245,8 @@ def command_line(image: Image, task: Task, last: bool) -> list[str]:
         *(part for provider in task.providers for part in ("--provider", provider)),
         *(("--model", model) if model is not None else ()),
         *(("--price", f"{task.price:g}") if task.price is not None else ()),
+        *(("--sharegpt", str(sharegpt)) if sharegpt is not None else ()),
+        *(("--trace", task.trace) if task.trace is not None else ()),
         *(("--force",) if task.force else ()),
         *(() if last else ("--no-pack",)),
         "--json",

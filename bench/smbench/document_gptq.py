@@ -13,9 +13,9 @@ from functools import cached_property
 from smbench import arch, resources
 from smbench.analysis import Row
 from smbench.arch import Device
+from smbench.document_engines import Engines
 from smbench.document_gptq_cells import E2E, EXLLAMA, MACHETE, TPOT, TTFT, Cells, Sweep, measurement
 from smbench.document_gptq_claims import RULES, Claim, Claims
-from smbench.document_gptq_engines import Engines
 from smbench.document_gptq_fit import DEQUANTIZES_ABOVE_ROWS, Fit, dequantizing_bytes, fit
 from smbench.document_gptq_machines import Machine, Printed, TwoCards, of_card, of_run, printed, two_cards
 from smbench.document_gptq_numbers import Rate, Split, decode_rate, prefill_rate, split
@@ -84,7 +84,7 @@ class Gptq:
         self._view = view
         self._published = [entry for entry in published if entry is not None]
         self.cells = Cells(view)
-        self.engines = Engines(self.cells)
+        self.engines = Engines(view)
         self.claims = Claims(self.cells)
 
     @property
@@ -279,4 +279,4 @@ class Gptq:
 
     def records(self) -> Mapping[str, bytes]:
         """Resolved settings of every provider, and the log of all requests."""
-        return self.engines.records()
+        return {**self.engines.settings_files(), **self.engines.request_log()}

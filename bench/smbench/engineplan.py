@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from smbench import enginerules, models
@@ -15,7 +16,11 @@ from smbench.cell import Cell
 from smbench.errors import UsageError
 from smbench.models import Model
 from smbench.recipe import EngineLimits, Recipe
-from smbench.workloads import work_of
+from smbench.workloads import measures_of, work_of
+
+
+SHAREGPT = "SHAREGPT=FILE (smbench: --sharegpt FILE)"
+"""How the file of dataset `sharegpt` is named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +43,21 @@ def models_of(recipe: Recipe, profile_name: str, model: str | None) -> Mapping[s
     if recipe.kind != "engine":
         return {}
     named = [model] if model is not None else _named(recipe, profile_name)
-    found = [models.find(spec) for spec in named]
+    # document 002 compares kernels of quantized layers, so a model without any is no model for it
+    plain = all("generate" not in grid.ops for grid in recipe.profile[profile_name].grid)
+    found = [models.find(spec, plain=plain) for spec in named]
     return {entry.name: entry for entry in found}
+
+
+def check_sharegpt(recipe: Recipe, cells: Sequence[Cell], file: Path | None) -> None:
+    """UsageError for a file of conversations that is not there, or that no cell would read."""
+    if file is None:
+        return
+    if not file.is_file():
+        what = "is a folder" if file.is_dir() else "does not exist"
+        raise UsageError(f"{file}: {what}; {SHAREGPT} takes a JSON file of conversations in the form of ShareGPT")
+    if not any(cell.axes.get("dataset") == "sharegpt" for cell in cells):
+        raise UsageError(f"{file}: recipe {recipe.name!r} has no cell of dataset sharegpt here; leave {SHAREGPT} out")
 
 
 def only(found: Mapping[str, Model]) -> str:
@@ -49,7 +67,12 @@ def only(found: Mapping[str, Model]) -> str:
 
 
 def jobs_of(
-    recipe: Recipe, profile_name: str, cells: Sequence[Cell], found: Mapping[str, Model], memory_bytes: int | None
+    recipe: Recipe,
+    profile_name: str,
+    cells: Sequence[Cell],
+    found: Mapping[str, Model],
+    memory_bytes: int | None,
+    sharegpt: Path | None = None,
 ) -> Mapping[str, EngineJob]:
     """The job of every cell by cell_id; empty for recipes of operations.
 
@@ -67,7 +90,10 @@ def jobs_of(
         _check_context(recipe, profile.engine, mine, found[name])
         too_large = _too_large(recipe, profile.engine, mine, found[name], memory_bytes)
         for cell in mine:
-            jobs[cell.cell_id] = _job(recipe, profile_name, profile.engine, cell, found[name], too_large)
+            job = _job(recipe, profile_name, profile.engine, cell, found[name], too_large)
+            wanted = cell.axes.get("dataset") == "sharegpt" and sharegpt is not None
+            file = str(sharegpt.resolve()) if wanted and sharegpt is not None else None
+            jobs[cell.cell_id] = replace(job, request={**job.request, "sharegpt": file})
     return jobs
 
 
@@ -91,13 +117,14 @@ def _job(
         "limits": limits.model_dump(exclude={"reference"}),
         "model": {"name": model.name, "path": str(model.path), "vocabulary": model.facts.vocabulary},
         "requests": {"warmup": measure.warmup, "samples": measure.samples},
-        "measures": [entry.name for entry in profile.measure],
+        "measures": [m.name for m in profile.measure if m.name in measures_of(cell.subject, cell.axes)],
         "expected_kernel": row.kernel,
-        "work": {name: work.model_dump() for name, work in work_of(model.facts, cell.axes).items()},
+        "work": {name: work.model_dump() for name, work in work_of(model.facts, cell.axes, cell.subject).items()},
         "compare": limits.reference is not None,
         "is_reference": cell.provider == limits.reference,
     }
-    reasons = list(enginerules.faults(row.engine, profile.device, limits, row, cell))
+    quantized = model.facts.bits is not None
+    reasons = list(enginerules.faults(row.engine, profile.device, limits, row, cell, quantized))
     if cell.cell_id in too_large:
         reasons.append(too_large[cell.cell_id])
     return EngineJob(row.engine, request, "; ".join(reasons) or None)

@@ -44,6 +44,17 @@ def whole(text: str) -> Markup:
     return escape(text, LONGEST_WHOLE)
 
 
+def fenced(text: str, language: str = "") -> Markup:
+    """Program text as a block of code: its lines without control characters, in a fence that they cannot close."""
+    lines = [
+        "".join(char for char in line if unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co"))
+        for line in text.splitlines()
+    ]
+    longest = max((len(run) for line in lines for run in re.findall("`+", line)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return Markup("\n".join([f"{fence}{language}", *lines, fence]))
+
+
 def finalize(value: Any) -> Markup | Any:
     """What Jinja prints for an expression. TypeError for a value that has no one way of being printed."""
     if isinstance(value, Markup):
@@ -85,6 +96,14 @@ def milliseconds(seconds: float) -> Markup:
 def teraflops(rate: float) -> Markup:
     """A rate in TFLOP/s with its unit."""
     return Markup(f"{rate / 1e12:.3g} TFLOP/s")
+
+
+def size(count: int) -> Markup:
+    """A number of bytes in the largest binary unit that it reaches, three digits."""
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= factor:
+            return Markup(f"{count / factor:.3g} {unit}" if count < 1000 * factor else f"{count / factor:.0f} {unit}")
+    return Markup(f"{count} B")
 
 
 def money(amount: float) -> Markup:
@@ -176,6 +195,7 @@ FILTERS: Mapping[str, Callable[..., Markup]] = {
     "s": optional(seconds),
     "ms": optional(milliseconds),
     "tflops": optional(teraflops),
+    "size": optional(size),
     "money": optional(money),
     "duration": optional(duration),
     "ratio": optional(ratio),
@@ -187,5 +207,6 @@ FILTERS: Mapping[str, Callable[..., Markup]] = {
     "quantity": quantity,
     "label": label,
     "whole": whole,
+    "fenced": fenced,
 }
 """The filters that templates may use beside Jinja's own."""

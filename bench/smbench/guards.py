@@ -7,12 +7,13 @@ that no table shows its number; a `warning` stands beside the number.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-from smbench import guards_engine, guards_image
+from smbench import guards_engine, guards_image, guards_load
 from smbench.arch import Device
 from smbench.findings import Evidence, Finding, clocks_hz, timed, work_of
 from smbench.result import Environment, Measurement, Result
+from smbench.workloads import gpus_of
 
 __all__ = ["GUARDS", "Evidence", "Finding", "examine", "leaves_of", "names"]
 
@@ -61,14 +62,18 @@ def roofline(evidence: Evidence) -> Iterator[Finding]:
         work = work_of(result, measurement)
         if work is None:
             continue
-        moved = max(0, work.bytes - _resident_bytes(result, measurement, device))
-        memory_s = moved / device.memory_bandwidth_bytes_per_s
-        peak = _peak_flops_per_s(evidence, result, device)
+        # work that several cards share has all of their memory and arithmetic
+        gpus = gpus_of(result.cell.axes)
+        moved = max(0, work.bytes - gpus * _resident_bytes(result, measurement, device))
+        bandwidth = gpus * device.memory_bandwidth_bytes_per_s
+        memory_s = moved / bandwidth
+        one = _peak_flops_per_s(evidence, result, device)
+        peak = gpus * one if one else None
         compute_s = work.flops / peak if peak else 0.0
         bound_s = max(memory_s, compute_s)
         if summary.median * ROOFLINE_SLACK < bound_s:
             what = (
-                f"{_bytes(moved)} / {device.memory_bandwidth_bytes_per_s / 1e9:.0f} GB/s"
+                f"{_bytes(moved)} / {bandwidth / 1e9:.0f} GB/s"
                 if memory_s >= compute_s
                 else f"{_flops(work.flops)} / {(peak or 0) / 1e12:.0f} TFLOP/s"
             )
@@ -152,10 +157,12 @@ def idle(evidence: Evidence) -> Iterator[Finding]:
 
 
 def spread(evidence: Evidence) -> Iterator[Finding]:
-    """Samples of one cell agree."""
+    """Samples of one cell agree, where they are repetitions: those of a load differ by its nature."""
     unsteady: dict[str, list[float]] = {}
     total: Counter[str] = Counter()
-    for _, measurement, summary in timed(evidence):
+    for result, measurement, summary in timed(evidence):
+        if result.cell.subject == "online":
+            continue
         total[measurement.name] += 1
         if summary.spread > SPREAD_LIMIT:
             unsteady.setdefault(measurement.name, []).append(summary.spread)
@@ -232,6 +239,11 @@ GUARDS: Mapping[str, Callable[[Evidence], Iterator[Finding]]] = {
     "outputs": guards_engine.outputs,
     "tokens": guards_engine.tokens,
     "prefix_cache": guards_engine.prefix_cache,
+    "prompts": guards_engine.prompts,
+    "batch_clocks": guards_load.batch_clocks,
+    "load_clocks": guards_load.load_clocks,
+    "little": guards_load.little,
+    "rates": guards_load.rates,
     "roofline": roofline,
     "selection": selection,
     "settings": guards_engine.settings,
@@ -250,9 +262,24 @@ ENGINES_ONLY = ("outputs", "tokens", "prefix_cache", "settings")
 """Guards that have nothing to look at in a recipe of operations."""
 
 
-def names(kind: str) -> list[str]:
-    """The guards that look at recipes of a kind, `op` or `engine`."""
-    return [name for name in GUARDS if kind == "engine" or name not in ENGINES_ONLY]
+BY_WORKLOAD: Mapping[str, tuple[str, ...]] = {
+    "prompts": ("static_batch", "offline", "online"),
+    "batch_clocks": ("static_batch", "offline"),
+    "load_clocks": ("online",),
+    "little": ("online",),
+    "rates": ("online",),
+}
+"""Guards that look at some workloads of engines only."""
+
+
+def names(kind: str, subjects: Collection[str] = ()) -> list[str]:
+    """The guards that look at recipes of a kind, `op` or `engine`, with these operations or workloads."""
+    return [
+        name
+        for name in GUARDS
+        if (kind == "engine" or name not in ENGINES_ONLY)
+        and (name not in BY_WORKLOAD or set(BY_WORKLOAD[name]) & set(subjects))
+    ]
 
 
 def examine(evidence: Evidence) -> list[Finding]:

@@ -1,7 +1,7 @@
 """Integrity checks that only cells of engines need: token counts, prefix caches, kernels, outputs, settings.
 
-Owns what an engine must have done and what all engines of a run must share. The guards that every kind of cell has are
-in `guards`, which also holds the list of all.
+Owns what an engine must have done and what all engines of a run must share. What clocks of batches and loads must agree
+on is in `guards_load`; the guards that every kind of cell has are in `guards`, which also holds the list of all.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from smbench.arch import Device
 from smbench.cell import Cell
 from smbench.findings import Evidence, Finding
 from smbench.recipe import Recipe
-from smbench.result import Request, Result, Serving
+from smbench.result import Batch, Load, Request, Result, Serving
+from smbench.workloads import prompts_of
 
 ALL_TOKENS = "length"
 """The finish reason of a request that generated all that was asked."""
@@ -33,49 +34,56 @@ FLOAT16_SUM_GAIN = 2
 """No product of docker/archs.toml sums in float16 at more than this multiple of its rate with sums in float32."""
 
 ALIKE: Mapping[str, tuple[str, ...]] = {
-    "context limit": ("max_model_len", "context_length"),
-    "most sequences": ("max_num_seqs", "max_running_requests"),
-    "prefix caching": ("enable_prefix_caching", "!disable_radix_cache"),
+    "context limit": ("max_model_len", "context_length", "session_len", "max_seq_len"),
+    "most sequences": ("max_num_seqs", "max_running_requests", "max_batch_size"),
+    "prefix caching": ("enable_prefix_caching", "!disable_radix_cache", "enable_block_reuse"),
     "dtype": ("dtype",),
     "KV cache dtype": ("kv_cache_dtype", "cache_dtype"),
 }
 """What all engines of a run are given alike: a quantity to the settings that hold it, `!` marks the opposite sense.
 
-The names are those of vLLM (EngineArgs) and sglang (ServerArgs).
+The names are those of vLLM (EngineArgs), sglang (ServerArgs), lmdeploy (its EngineConfigs) and TensorRT-LLM (LlmArgs).
 """
+PROMPT_SLACK = 0.01
+"""Share of the prompt tokens by which a client's count may differ: it writes prompts as text, and a server may put a
+token before them. No engine is faster by as much."""
 
 
 def tokens(evidence: Evidence) -> Iterator[Finding]:
     """Every request had the prompt that was asked, and generated as many tokens as were asked."""
     for result, serving in _served(evidence):
-        wrong = [(i, fault) for i, request in enumerate(serving.requests) if (fault := _fault(result.cell, request))]
-        if wrong:
-            i, fault = wrong[0]
-            yield Finding(
-                "tokens",
-                "refuted",
-                f"{result.cell.label()}: {len(wrong)} of {len(serving.requests)} requests are not what was asked; "
-                f"request {i}: {fault}",
-                "give token ids, ignore_eos, and a context limit above prompt plus output, then measure again",
-                result.cell_id,
-            )
+        for fault in (_requests_fault(result.cell, serving), _batches_fault(result.cell, serving)):
+            if fault:
+                yield Finding(
+                    "tokens",
+                    "refuted",
+                    f"{result.cell.label()}: {fault}",
+                    "give token ids, ignore_eos, and a context limit above prompt plus output, then measure again",
+                    result.cell_id,
+                )
+        if serving.load is not None:
+            yield from _of_load(result, serving, serving.load)
 
 
 def prefix_cache(evidence: Evidence) -> Iterator[Finding]:
-    """No prompt was answered from a cache of earlier prompts."""
+    """No prompt was answered from a cache of earlier prompts, but where prompts share a beginning on purpose."""
     silent: Counter[str] = Counter()
     total: Counter[str] = Counter()
     for result, serving in _served(evidence):
+        sent: list[Request | Batch] = [*serving.requests, *serving.batches]
+        cached = [entry.cached_tokens for entry in sent] or _probed(serving)
         total[result.cell.provider] += 1
-        silent[result.cell.provider] += all(request.cached_tokens is None for request in serving.requests)
-        hits = [request.cached_tokens for request in serving.requests if request.cached_tokens]
-        if hits:
-            prompts = sum(request.prompt_tokens for request in serving.requests)
+        silent[result.cell.provider] += all(count is None for count in cached)
+        hits = [count for count in cached if count]
+        if hits and not _may_cache(evidence.recipe, result.cell):
+            prompts = sum(entry.prompt_tokens for entry in sent)
+            what = "requests" if serving.requests else "batches" if serving.batches else "probes of the server"
+            share = f"{sum(hits)} of {prompts} = {sum(hits) / prompts:.1%}" if prompts else f"{sum(hits)}"
             yield Finding(
                 "prefix_cache",
                 "refuted",
-                f"{result.cell.label()}: {len(hits)} of {len(serving.requests)} requests took prompt tokens from a "
-                f"prefix cache, {sum(hits)} of {prompts} = {sum(hits) / prompts:.1%}",
+                f"{result.cell.label()}: {len(hits)} of {len(cached)} {what} took prompt tokens from a prefix cache, "
+                f"{share}",
                 "turn prefix caching off, or the time is not that of the prompt",
                 result.cell_id,
             )
@@ -146,6 +154,24 @@ def settings(evidence: Evidence) -> Iterator[Finding]:
             )
 
 
+def prompts(evidence: Evidence) -> Iterator[Finding]:
+    """All engines got the same prompts wherever they ran the same point."""
+    points: dict[object, dict[str, list[str]]] = {}
+    for result, serving in _served(evidence):
+        if serving.prompts is not None and serving.prompts.sha256 is not None:
+            of_point = points.setdefault(result.cell.point, {})
+            of_point.setdefault(serving.prompts.sha256, []).append(result.cell.provider)
+    differing = [of_point for of_point in points.values() if len(of_point) > 1]
+    if differing:
+        words = "; ".join(f"{sha256[:12]}: {', '.join(providers)}" for sha256, providers in differing[0].items())
+        yield Finding(
+            "prompts",
+            "warning",
+            f"the prompts are not the same for all engines at {len(differing)} of {len(points)} points: {words}",
+            "one file of conversations for a whole run, and one tokenizer: measure in a fresh folder (`OUT=`)",
+        )
+
+
 def alike(resolved: Mapping[str, Any]) -> Mapping[str, str | None]:
     """The quantities of ALIKE in an engine's settings as comparable words; None where it has no such setting."""
     leaves = _leaves(resolved)
@@ -162,8 +188,10 @@ def alike(resolved: Mapping[str, Any]) -> Mapping[str, str | None]:
 def passes(cell: Cell, measurement: str) -> int:
     """How often an engine reads all weights for one sample: once a chunk of the prompt, once a further token."""
     length, output = int(cell.axes["input_len"]), int(cell.axes["output_len"])
-    chunks = -(-length // min(length, int(cell.axes["chunk_tokens"])))
-    return {"ttft": chunks, "tpot": 1}.get(measurement, chunks + output - 1)
+    # but for `generate`, the work of a cell is that of prompts in one piece
+    chunks = -(-length // min(length, int(cell.axes.get("chunk_tokens", length))))
+    once = {"ttft": chunks, "prefill_latency": chunks, "tpot": 1, "decode_latency": 1}
+    return once.get(measurement, chunks + output - 1)
 
 
 def peak_flops_per_s(device: Device, recipe: Recipe, cell: Cell, clock_hz: float | None) -> float | None:
@@ -192,6 +220,89 @@ def _fault(cell: Cell, request: Request) -> str | None:
     if request.finish_reason != ALL_TOKENS:
         faults.append(f"it ended by {request.finish_reason!r}, not {ALL_TOKENS!r}")
     return ", ".join(faults) or None
+
+
+def _requests_fault(cell: Cell, serving: Serving) -> str | None:
+    """What is wrong with the requests of a `generate` cell."""
+    wrong = [(i, fault) for i, request in enumerate(serving.requests) if (fault := _fault(cell, request))]
+    if not wrong:
+        return None
+    i, fault = wrong[0]
+    return f"{len(wrong)} of {len(serving.requests)} requests are not what was asked; request {i}: {fault}"
+
+
+def _batches_fault(cell: Cell, serving: Serving) -> str | None:
+    """What is wrong with the repetitions of a batch."""
+    wrong = [(i, fault) for i, batch in enumerate(serving.batches) if (fault := _batch_fault(cell, serving, batch))]
+    if not wrong:
+        return None
+    i, fault = wrong[0]
+    return f"{len(wrong)} of {len(serving.batches)} batches are not what was asked; batch {i}: {fault}"
+
+
+def _batch_fault(cell: Cell, serving: Serving, batch: Batch) -> str | None:
+    """What of a batch is not what its cell asks."""
+    count = prompts_of(cell.subject, cell.axes)
+    # conversations of somebody's file have lengths of their own, and a warm-up may have others
+    prompt = None if cell.axes.get("dataset") == "sharegpt" else count * int(cell.axes["input_len"])
+    output = count * int(cell.axes["output_len"])
+    ended = batch.finish_reasons.get(ALL_TOKENS, 0)
+    faults = []
+    if batch.batch != count:
+        faults.append(f"{batch.batch} prompts, not {count}")
+    if prompt is not None and batch.prompt_tokens != prompt:
+        faults.append(f"{batch.prompt_tokens} prompt tokens, not {prompt}")
+    if batch.completion_tokens != output:
+        faults.append(f"{batch.completion_tokens} tokens generated, not {output}")
+    if ended != sum(batch.finish_reasons.values()) or ended != batch.batch:
+        said = ", ".join(f"{reason!r} {number} times" for reason, number in batch.finish_reasons.items())
+        faults.append(f"they ended by {said or 'nothing'}, not {ALL_TOKENS!r} {batch.batch} times")
+    return ", ".join(faults) or None
+
+
+def _of_load(result: Result, serving: Serving, load: Load) -> Iterator[Finding]:
+    """What a client counted against what its cell asks."""
+    cell = result.cell
+    count, output = prompts_of(cell.subject, cell.axes), int(cell.axes["output_len"])
+    known = serving.prompts.tokens if serving.prompts else None
+    if known is None and cell.axes.get("dataset") != "sharegpt":
+        known = count * int(cell.axes["input_len"])
+    faults = []
+    if load.completed + load.failed != count:
+        faults.append(f"{load.completed} requests completed and {load.failed} failed, of {count}")
+    if load.completion_tokens != load.completed * output:
+        faults.append(f"{load.completion_tokens} tokens generated, not {load.completed} × {output}")
+    if known is not None and abs(load.prompt_tokens - known) > PROMPT_SLACK * known:
+        faults.append(f"{load.prompt_tokens} prompt tokens, not {known}")
+    if faults:
+        yield Finding(
+            "tokens",
+            "refuted",
+            f"{cell.label()}: {', '.join(faults)}",
+            "have the server ignore the end of text, with a context limit above prompt plus output; measure again",
+            result.cell_id,
+        )
+    elif known is not None and load.prompt_tokens != known:
+        yield Finding(
+            "tokens",
+            "note",
+            f"{cell.label()}: the client counts {load.prompt_tokens} prompt tokens, and {known} were asked",
+            "rates of prompt tokens are off by as much",
+        )
+
+
+def _probed(serving: Serving) -> list[int | None]:
+    """Prompt tokens from a cache in the answers to one prompt that a server was sent twice before its load."""
+    server = serving.settings.get("server")
+    probes = server.get("probes") if isinstance(server, Mapping) else None
+    found = [probe.get("cached_tokens") for probe in probes or () if isinstance(probe, Mapping)]
+    return [count if isinstance(count, int) else None for count in found]
+
+
+def _may_cache(recipe: Recipe, cell: Cell) -> bool:
+    """Whether a prefix cache is part of what a cell measures."""
+    asked = bool(recipe.providers[cell.provider].settings.get("prefix_caching"))
+    return asked and cell.axes.get("dataset") == "shared-prefix"
 
 
 def _is_attention(name: str, asked: str) -> bool:

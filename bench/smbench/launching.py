@@ -47,6 +47,8 @@ def launch(
     stack: StackName = None,
     model: Annotated[str | None, typer.Option("--model", help="Other weights for engines, see `run`.")] = None,
     price: Annotated[float | None, typer.Option("--price", help="What an hour costs.", min=0)] = None,
+    sharegpt: Annotated[Path | None, typer.Option("--sharegpt", metavar="FILE", help="See `run`.")] = None,
+    trace: Annotated[str | None, typer.Option("--trace", help="torch or nsys, see `run`.")] = None,
     provider: Annotated[list[str] | None, typer.Option("--provider", help="Only this implementation.")] = None,
     where: Annotated[str, typer.Option("--where", help="docker, here, or auto: docker where it can be.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Measure even if image and card differ; marked.")] = False,
@@ -56,7 +58,7 @@ def launch(
     from smbench import containers, place, plan
 
     wish = _wish(where, arch, stack, force)
-    resolved = _plan(recipe, profile, provider, model, wish)
+    resolved = _plan(recipe, profile, provider, model, wish, sharegpt)
     inside = place.image_here()
     root, warning = place.runs_root(inside)
     if warning and out is None:
@@ -69,7 +71,7 @@ def launch(
     chosen = containers.choose(wish, inside, _daemon(wish, inside, device), card.arch, device, needed)
     options = ["--profile", resolved.profile_name, *_option("--out", out), *_option("--model", model)]
     options += [*_option("--price", price), *(part for name in provider or () for part in ("--provider", name))]
-    options += ["--force"] if force else []
+    options += [*_option("--sharegpt", sharegpt), *_option("--trace", trace), *(["--force"] if force else [])]
     if isinstance(chosen, containers.InPlace):
         typer.echo(f"in place: {chosen.reason}", err=True)
         _make_stack(resolved, card.stacks, dry_run)
@@ -90,6 +92,8 @@ def launch(
         providers=provider or (),
         price=price,
         force=force,
+        sharegpt=sharegpt,
+        trace=trace,
         environ=os.environ,
     )
     containers_of_run = _Launch(resolved, task, chosen, wish.stack)
@@ -299,7 +303,14 @@ def _wish(where: str, arch: str | None, stack: str | None, force: bool) -> Wish:
     )
 
 
-def _plan(recipe_name: str, profile: str | None, providers: list[str] | None, model: str | None, wish: Wish) -> Plan:
+def _plan(
+    recipe_name: str,
+    profile: str | None,
+    providers: list[str] | None,
+    model: str | None,
+    wish: Wish,
+    sharegpt: Path | None,
+) -> Plan:
     """What would run here with every stack."""
     import psutil
 
@@ -310,7 +321,7 @@ def _plan(recipe_name: str, profile: str | None, providers: list[str] | None, mo
         machine = plan.Here(memory_bytes=psutil.virtual_memory().total)
     path = recipe.find(recipe_name, resources.recipes_dir())
     everywhere = replace(machine, stacks=_Every(()))
-    return plan.make(recipe.load(path), path.read_bytes(), profile, everywhere, providers or (), model)
+    return plan.make(recipe.load(path), path.read_bytes(), profile, everywhere, providers or (), model, sharegpt)
 
 
 def _needed(resolved: Plan, folder: Path) -> set[str]:
@@ -323,7 +334,8 @@ def _needed(resolved: Plan, folder: Path) -> set[str]:
         for entry in resolved.entries
         if entry.cell.cell_id not in done or done[entry.cell.cell_id].status == "skipped"
     )
-    return {entry.stack for entry in missing if entry.unsupported is None}
+    # what is skipped with every stack here wants something else: a file, more cards
+    return {entry.stack for entry in missing if entry.runs}
 
 
 def _stacks(resolved: Plan) -> set[str]:

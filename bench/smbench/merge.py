@@ -23,6 +23,8 @@ YIELDING: tuple[Status, ...] = ("unsupported", "skipped")
 """Statuses that say nothing of the cell elsewhere: they give way to any other."""
 SHOWN = 10
 """Conflicts that a message names."""
+NAMED = ("native", "traces")
+"""Folders of files that results name: what load clients wrote, what profilers saw."""
 _TORN = re.compile(r"results\.torn-(\d+)\.txt")
 
 
@@ -48,6 +50,7 @@ def merge(out: Path, folders: Sequence[Path]) -> None:
         lines = "".join(record.model_dump_json() + "\n" for record in (*environments, *results, *_sessions(runs)))
         (stage / "results.jsonl").write_text(lines, encoding="utf-8")
         _copy_logs(folders, stage)
+        _copy_files(folders, stage)
         stage.replace(out)
 
 
@@ -137,6 +140,15 @@ def _copy_logs(folders: Sequence[Path], out: Path) -> None:
             while (out / f"results.torn-{offset}.txt").exists():
                 offset += 1
             shutil.copyfile(path, out / f"results.torn-{offset}.txt")
+
+
+def _copy_files(folders: Sequence[Path], out: Path) -> None:
+    """The files that results name: each has its cell's name, and a cell that two folders tried is a conflict."""
+    for folder in folders:
+        for kind in NAMED:
+            for path in sorted((folder / kind).glob("*.json")):
+                (out / kind).mkdir(exist_ok=True)
+                shutil.copyfile(path, out / kind / path.name)
 
 
 def _numbered(folder: Path) -> Mapping[str, list[Path]]:

@@ -25,13 +25,10 @@ from smbench.workloads import ModelFacts
 
 SYNTHETIC = "synthetic:"
 SEED = 0
-FORMAT = 1
+FORMAT = 2
 """Of synthetic checkpoints: `worker.checkpoint.FORMAT`, which the host does not import. A test compares them."""
 
-FORMS = (
-    f"NAME@REVISION of the Hugging Face hub, the folder of a checkpoint, or {SYNTHETIC}SHAPE with SHAPE one of "
-    f"{', '.join(SHAPES)}"
-)
+FORMS = f"NAME@REVISION of the Hugging Face hub, the folder of a checkpoint, or {SYNTHETIC}SHAPE with SHAPE one of "
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 REVISION = re.compile(r"[0-9a-f]{40}")
 LAST_WORDS = 600
@@ -60,21 +57,21 @@ class Model:
         return self.facts.resident_bytes("float16")
 
 
-def find(spec: str) -> Model:
+def find(spec: str, *, plain: bool = False) -> Model:
     """The model that a recipe or `MODEL=` names. UsageError says what is wrong with it and what to do.
 
-    A folder that exists is meant before a name of the hub. Nothing is downloaded: of a hub model that is not here
-    the configuration must be known (`shapes.HUB`).
+    Weights have to be GPTQ; `plain` takes those that are not quantized too. A folder that exists is meant before a name
+    of the hub. Nothing is downloaded: of a hub model that is not here the configuration must be known (`shapes.HUB`).
     """
     if spec.startswith(SYNTHETIC):
-        return _synthetic(spec)
+        return _synthetic(spec, plain)
     if spec.startswith("folder:"):
         raise UsageError(
             f"model {spec!r} was a folder on the machine that measured it; give its place here with MODEL="
         )
     if Path(spec).expanduser().is_dir() or spec.startswith(("/", "./", "../", "~")):
-        return _folder(Path(spec).expanduser())
-    return _hub(spec)
+        return _folder(Path(spec).expanduser(), plain)
+    return _hub(spec, plain)
 
 
 def prepare(model: Model, python: Path) -> str | None:
@@ -93,18 +90,24 @@ def prepare(model: Model, python: Path) -> str | None:
     return _download(model, python, missing)
 
 
-def _synthetic(spec: str) -> Model:
+def _synthetic(spec: str, plain: bool) -> Model:
     shape = spec.removeprefix(SYNTHETIC)
     if shape not in SHAPES:
-        raise UsageError(f"unknown shape {shape!r} in model {spec!r}; known: {', '.join(SHAPES)}{_hint(shape, SHAPES)}")
+        known = _shapes(plain)
+        raise UsageError(f"unknown shape {shape!r} in model {spec!r}; known: {', '.join(known)}{_hint(shape, known)}")
     config = SHAPES[shape].config
     path = _cache() / "models" / f"{shape}-seed{SEED}-format{FORMAT}"
-    return Model(spec, "synthetic", path, checkpointfiles.checked_facts(config, spec), config)
+    return Model(spec, "synthetic", path, checkpointfiles.checked_facts(config, spec, plain), config)
 
 
-def _folder(path: Path) -> Model:
+def _shapes(plain: bool) -> list[str]:
+    """The shapes that fit what is asked for."""
+    return [name for name, shape in SHAPES.items() if plain or shape.weights == "gptq"]
+
+
+def _folder(path: Path, plain: bool) -> Model:
     config = checkpointfiles.read_config(path)
-    facts = checkpointfiles.checked_facts(config, str(path))
+    facts = checkpointfiles.checked_facts(config, str(path), plain)
     if wrong := checkpointfiles.faults(path):
         raise UsageError(wrong[0])
     # a cell must not say where somebody keeps models
@@ -113,13 +116,14 @@ def _folder(path: Path) -> Model:
     return Model(name, "folder", path.resolve(), facts, config)
 
 
-def _hub(spec: str) -> Model:
+def _hub(spec: str, plain: bool) -> Model:
     name, _, revision = spec.partition("@")
     known = [pinned for pinned in HUB if pinned.partition("@")[0] == name]
+    shapes = _shapes(plain)
     if not HUB_NAME.fullmatch(name):
-        shape = difflib.get_close_matches(spec.rpartition(":")[2], SHAPES, n=1)
+        shape = difflib.get_close_matches(spec.rpartition(":")[2], shapes, n=1)
         hint = f"; did you mean '{SYNTHETIC}{shape[0]}'?" if shape else ""
-        raise UsageError(f"model {spec!r} is none of: {FORMS}{hint}")
+        raise UsageError(f"model {spec!r} is none of: {FORMS}{', '.join(shapes)}{hint}")
     if not REVISION.fullmatch(revision):
         what = (
             f"revision {revision!r} is not the 40 hexadecimal digits of a commit" if revision else "it has no revision"
@@ -131,7 +135,7 @@ def _hub(spec: str) -> Model:
         )
         raise UsageError(
             f"model {spec!r}: {what}, and weights that can change prove nothing: pin it with {pin}"
-            f"{'' if known else _not_a_folder(spec)}"
+            f"{'' if known else _not_a_folder(spec, shapes)}"
         )
     path = _hub_cache() / f"models--{name.replace('/', '--')}" / "snapshots" / revision
     if (path / checkpointfiles.CONFIG).is_file():
@@ -143,11 +147,11 @@ def _hub(spec: str) -> Model:
             f"model {spec!r} is not in the hub's cache on this machine ({_hub_cache()}); fetch it first: "
             f"hf download {name} --revision {revision}{_hint(spec, HUB)}"
         )
-    return Model(spec, "hub", path, checkpointfiles.checked_facts(config, spec), config)
+    return Model(spec, "hub", path, checkpointfiles.checked_facts(config, spec, plain), config)
 
 
-def _not_a_folder(spec: str) -> str:
-    if shape := difflib.get_close_matches(spec.rpartition(":")[2], SHAPES, n=1):
+def _not_a_folder(spec: str, shapes: Iterable[str]) -> str:
+    if shape := difflib.get_close_matches(spec.rpartition(":")[2], list(shapes), n=1):
         return f"; did you mean '{SYNTHETIC}{shape[0]}'?"
     return f"; nor is there a folder of this name{_hint(spec, HUB)}"
 
@@ -191,7 +195,7 @@ def _download(model: Model, python: Path, missing: list[str]) -> str:
         raise UsageError(f"model {model.name}: the download failed: {_last_words(done.stderr)}")
     if wrong := checkpointfiles.faults(model.path):
         raise UsageError(wrong[0])
-    checkpointfiles.checked_facts(checkpointfiles.read_config(model.path), model.name)
+    checkpointfiles.checked_facts(checkpointfiles.read_config(model.path), model.name, model.facts.bits is None)
     return f"fetched {model.name} in {time.monotonic() - began:.0f} s"
 
 

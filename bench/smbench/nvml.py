@@ -76,6 +76,17 @@ def open_gpu(index: int = 0, uuid: str | None = None, environ: Mapping[str, str]
     return gpu
 
 
+def visible_gpus(environ: Mapping[str, str] = os.environ) -> int:
+    """How many GPUs a process with this environment sees; 0 where NVML cannot be asked."""
+    count = 0
+    try:
+        while True:
+            open_gpu(count, environ=environ)
+            count += 1
+    except NvmlUnavailable:
+        return count
+
+
 def fixed_facts(gpu: Gpu) -> dict[str, Any]:
     """What stays the same during a run. Absent keys could not be read. Holds no serial number, UUID or bus address."""
     library = gpu.library

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from smbench import arch, resources, stacks
 from smbench.errors import CorruptError, UsageError
-from smbench.nvml import NvmlUnavailable, fixed_facts, open_gpu
+from smbench.nvml import NvmlUnavailable, fixed_facts, open_gpu, visible_gpus
 from smbench.plan import Here
 
 IMAGE_FILE = Path("/etc/smbench/image.json")
@@ -69,7 +69,8 @@ def here() -> Here:
     except NvmlUnavailable:
         return Here(memory_bytes=psutil.virtual_memory().total, stacks=stacks.here())
     name = str(facts.get("name", "NVIDIA GPU"))
-    return Here(name, arch_of(facts, arch.load(resources.archs_file())), facts.get("memory_bytes"), stacks.here())
+    found = arch_of(facts, arch.load(resources.archs_file()))
+    return Here(name, found, facts.get("memory_bytes"), stacks.here(), visible_gpus())
 
 
 def arch_of(facts: Mapping[str, object], table: arch.ArchTable) -> str | None:

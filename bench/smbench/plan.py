@@ -13,6 +13,7 @@ from smbench.errors import UsageError
 from smbench.models import Model
 from smbench.recipe import Profile, ProviderRow, Recipe, profile_named
 from smbench.stacks import Stacks
+from smbench.workloads import gpus_of
 
 INTERPRETED = "checked under the Triton interpreter, which has no meaningful time: verified, not timed"
 VERIFY_ONLY = "this profile checks the provider and does not time it"
@@ -29,6 +30,8 @@ class Here:
     memory_bytes: int | None = None
     """Of the GPU, or of the machine without one; None where unknown."""
     stacks: Stacks = stacks.NONE
+    gpus: int = 1
+    """Cards that a worker would see, where there is one."""
 
     @property
     def gpu_present(self) -> bool:
@@ -97,11 +100,13 @@ def make(
     here: Here,
     providers: Sequence[str] = (),
     model: str | None = None,
+    sharegpt: Path | None = None,
 ) -> Plan:
     """Resolve a profile. Without a name the machine decides: a GPU gets `full`, none gets `cpu`.
 
-    `providers` narrows the profile's own list; `model` stands for every model of an engine recipe. UsageError names
-    what is unknown, a profile this machine cannot run, and a model that is not fit for the recipe.
+    `providers` narrows the profile's own list; `model` stands for every model of an engine recipe; `sharegpt` is the
+    file of dataset `sharegpt`. UsageError names what is unknown, a profile this machine cannot run, a model that is not
+    fit for the recipe, and a file that is not there.
     """
     name = profile_name or ("full" if here.gpu_present else "cpu")
     profile = profile_named(recipe, name)
@@ -123,7 +128,8 @@ def make(
         for cell in recipe.cells(name, {"model": engineplan.only(models)} if model is not None else {})
         if not providers or cell.provider in providers
     ]
-    jobs = engineplan.jobs_of(recipe, name, cells, models, here.memory_bytes)
+    engineplan.check_sharegpt(recipe, cells, sharegpt)
+    jobs = engineplan.jobs_of(recipe, name, cells, models, here.memory_bytes, sharegpt)
     entries = [_planned(cell, recipe, profile, here, jobs.get(cell.cell_id)) for cell in cells]
     return Plan(recipe, recipe_text, name, entries, models)
 
@@ -147,9 +153,7 @@ def _planned(cell: Cell, recipe: Recipe, profile: Profile, here: Here, job: Engi
     interpreted = profile.device == "cpu" and row.interpreted
     untimed = INTERPRETED if interpreted else VERIFY_ONLY if cell.provider in profile.verify_only else None
     unsupported = next(_obstacles(cell, recipe, profile, here, job), None)
-    skipped = None
-    if unsupported is None and _is_absent(stack, recipe, row, here.stacks):
-        skipped = f"stack {stack!r} is not here; {here.stacks.advice(stack)}"
+    skipped = next(_missing(cell, recipe, profile, here, job), None) if unsupported is None else None
     return Planned(cell, stack, unsupported, untimed, interpreted, skipped, here.stacks.python(stack), job)
 
 
@@ -166,6 +170,22 @@ def _obstacles(cell: Cell, recipe: Recipe, profile: Profile, here: Here, job: En
     if not _has_own_stack(recipe, row) and not here.stacks.lacks(recipe.stack):
         for package in here.stacks.missing(recipe.stack, row.requires):
             yield f"the Python package {package!r} is not installed here"
+
+
+def _missing(cell: Cell, recipe: Recipe, profile: Profile, here: Here, job: EngineJob | None) -> Iterator[str]:
+    """What a cell needs that is not here, and may be another time or elsewhere."""
+    row = recipe.providers[cell.provider]
+    stack = row.stack or recipe.stack
+    if job is not None and profile.device == "cuda" and gpus_of(cell.axes) > here.gpus:
+        cards = "1 GPU" if here.gpus == 1 else f"{here.gpus} GPUs"
+        yield (
+            f"tensor_parallel = {gpus_of(cell.axes)} needs as many GPUs, and this machine has {cards}; the same command on "
+            "one that has them completes this folder"
+        )
+    if cell.axes.get("dataset") == "sharegpt" and job is not None and job.request["sharegpt"] is None:
+        yield f"dataset sharegpt is your own file, and nothing is downloaded: give it with {engineplan.SHAREGPT}"
+    if _is_absent(stack, recipe, row, here.stacks):
+        yield f"stack {stack!r} is not here; {here.stacks.advice(stack)}"
 
 
 def _is_absent(stack: str, recipe: Recipe, row: ProviderRow, stacks: Stacks) -> bool:

@@ -76,9 +76,15 @@ class MeasureRow(Table):
     min_samples: Annotated[int, Field(ge=1)] = 1
     window_s: Annotated[float, Field(gt=0)]
     """Once `min_samples` are taken, no new sample starts after this much time."""
+    part: Literal["whole", "forward", "backward"] = "whole"
+    """The whole call, or one half of it; operations without halves are not timed by a row that names one."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.part != "whole" and (self.method == "graph" or self.l2 == "cold" or self.calls * self.replays > 1):
+            raise ValueError(
+                f"part {self.part!r} is timed call by call: method 'event' or 'wall', l2 not 'cold', calls 1"
+            )
         if self.min_samples > self.samples:
             raise ValueError(f"min_samples {self.min_samples} exceeds samples {self.samples}")
         if (self.method == "wall") != (self.l2 == "none"):
@@ -235,9 +241,7 @@ class Recipe(Table):
             raise ValueError(f"{at}.engine: this table is missing; a recipe of kind 'engine' needs it")
         for provider in profile.providers:
             if self.providers[provider].engine is None:
-                raise ValueError(
-                    f"providers.{provider}.engine: this key is missing; a recipe of kind 'engine' needs it"
-                )
+                raise ValueError(f"providers.{provider}.engine: this key is missing; kind 'engine' needs it")
         if profile.engine.reference is not None:
             _require(
                 profile.engine.reference,
@@ -245,8 +249,10 @@ class Recipe(Table):
                 f"{at}.engine.reference",
                 "provider of the profile",
             )
+        workloads = dict.fromkeys(workload for grid in profile.grid for workload in grid.ops)
+        measures = dict.fromkeys(name for workload in workloads for name in MEASURES[workload])
         for measure in profile.measure:
-            _require(measure.name, dict.fromkeys(MEASURES), f"{at}.measure", "measure of engines")
+            _require(measure.name, measures, f"{at}.measure", f"measure of {', '.join(workloads)}")
             if measure.method != "wall":
                 raise ValueError(f"{at}.measure: {measure.name}: engines are timed by method 'wall'")
         if len({(measure.warmup, measure.samples) for measure in profile.measure}) > 1:
@@ -261,6 +267,9 @@ class Recipe(Table):
                     for value in self.values.get(values, []) if isinstance(values, str) else values:
                         if fault := rules[axis].fault(axis, value):
                             raise ValueError(f"{at}.grid[{i}].axes.{axis}: {fault}")
+                        most = profile.engine.max_num_seqs
+                        if axis == "batch" and int(value) > most:
+                            raise ValueError(f"{at}.grid[{i}].axes.batch: {value} exceeds engine.max_num_seqs ({most})")
 
     def size(self, profile: str) -> int:
         """Most cells that a profile can have, without making one."""

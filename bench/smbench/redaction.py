@@ -189,6 +189,8 @@ class Redactor:
             case list():
                 # samples are long, and numbers say nothing
                 return value if _all_numbers(value) else [self.tree(item, versions) for item in value]
+            case tuple():
+                return tuple(self.tree(item, versions) for item in value)
             case dict():
                 return {self.text(key): self.tree(item, versions) for key, item in value.items()}
         return value

@@ -29,7 +29,9 @@ from smbench.runfolder import Run
 from smbench.views import Plot, View
 
 DOCUMENTS: Mapping[str, str] = {
+    "frameworks.md.j2": "smbench.document_frameworks:Frameworks",
     "gptq.md.j2": "smbench.document_gptq:Gptq",
+    "hstu-layer.md.j2": "smbench.document_hstu_layer:HstuLayer",
     "lora.md.j2": "smbench.document_lora:Lora",
     "paged-attention.md.j2": "smbench.document_paged:Paged",
 }
@@ -155,7 +157,7 @@ def render_text(document: Document, run: Run, record_files: Sequence[str]) -> st
         records=record_files,
         warnings=run.warnings,
         smbench_version=run.smbench_version,
-        guards=guards.names(analysis.recipe.kind),
+        guards=guards.names(analysis.recipe.kind, analysis.subjects()),
     )
     # a part that has nothing to say leaves its blank lines
     return re.sub(r"\n{3,}", "\n\n", text).rstrip("\n") + "\n"

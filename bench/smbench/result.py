@@ -82,6 +82,13 @@ class Measurement(Record):
     """Least work of one sample, where the measurements of a cell time different things; else the cell's is meant."""
 
 
+class OutputError(Record):
+    """How one of several outputs compared with its reference, in the words of Check."""
+
+    relative_error: float | None
+    elementwise_error: float | None
+
+
 class Check(Record):
     """How the output compared with the reference."""
 
@@ -96,6 +103,26 @@ class Check(Record):
     elementwise_bound: float
     reference: str
     """Precision of the truth, e.g. `float64`."""
+    outputs: Mapping[str, OutputError] = {}
+    """By output, where an operation has several; the worst of them stands above."""
+
+
+class Memory(Record):
+    """What one forward and one backward pass need beyond what was there before them."""
+
+    method: Literal["allocator", "saved-tensors"]
+    """The CUDA caching allocator's own count; or what autograd keeps, without the output, where nobody counts."""
+    saved_bytes: Annotated[int, Field(ge=0)]
+    """Held between the passes: the output and everything that the forward pass keeps for the backward pass."""
+    peak_bytes: Annotated[int, Field(ge=0)] | None
+    """Most at a time during both, gradients included; None where nobody counts."""
+    snapshot: str | None = None
+    """PyTorch's memory snapshot, its place below the run folder: `native/<cell_id>.memory.pickle`; None: not kept."""
+    snapshot_sha256: str | None = None
+    timeline_bytes: tuple[int, ...] = ()
+    """In use after each allocation or release, in order; empty where there is no snapshot or too much in it."""
+    backward_at: Annotated[int, Field(ge=0)] | None = None
+    """How many entries of the timeline belong to the forward pass."""
 
 
 class Selection(Record):
@@ -126,6 +153,106 @@ class Request(Record):
     """Of the generated token ids."""
 
 
+class Batch(Record):
+    """One repetition of a batch that is handed over at once, warm-ups included, in the order in which they ran."""
+
+    batch: Annotated[int, Field(ge=1)]
+    """Prompts."""
+    prompt_tokens: Annotated[int, Field(ge=0)]
+    """Of all prompts, as the engine counts them."""
+    completion_tokens: Annotated[int, Field(ge=0)]
+    """Of all prompts."""
+    cached_tokens: int | None
+    """Prompt tokens that came from a prefix cache; None where the engine does not say."""
+    finish_reasons: Mapping[str, int]
+    """The engine's own words and how many prompts ended by each; `length` where all that was asked was generated."""
+    e2e_s: Seconds
+    """From handing over the batch to having the last token: with a clock of steps their sum, the first one included."""
+    prefill_s: Seconds | None
+    """From handing over the batch to having every prompt's first token; None where nobody saw it."""
+    step_s: tuple[Seconds, ...]
+    """The decode steps in order, one fewer than tokens of a prompt; empty where an engine has no steps to time."""
+    output_sha256: str
+    """Of the generated token ids, a line for each prompt."""
+
+
+class Load(Record):
+    """What the load client saw of one cell of a server."""
+
+    client: str
+    """Name and version of the load client, e.g. `vllm bench serve 0.32.0`."""
+    native: str
+    """The client's own file, its place below the run folder: `native/<cell_id>.json`."""
+    native_sha256: str
+    """Of that file as it is kept: as the client wrote it, but for generated texts and tracebacks."""
+    duration_s: Seconds
+    """From the first request to the last answer."""
+    completed: Annotated[int, Field(ge=0)]
+    failed: Annotated[int, Field(ge=0)]
+    errors: Mapping[str, int] = {}
+    """Kind of failure to how many requests failed by it."""
+    prompt_tokens: Annotated[int, Field(ge=0)]
+    """Of all completed requests."""
+    completion_tokens: Annotated[int, Field(ge=0)]
+    """Of all completed requests."""
+    ttft_s: tuple[Seconds, ...]
+    """Of each completed request."""
+    tpot_s: tuple[Seconds, ...]
+    """Of each completed request with more than one output token."""
+    itl_s: tuple[Seconds, ...]
+    """Between any two tokens that followed each other, of all completed requests."""
+    e2e_s: tuple[Seconds, ...]
+    """Of each completed request."""
+    request_rate: Annotated[FiniteFloat, Field(gt=0)] | None = None
+    """Requests per second that were sent; None for all at once."""
+    max_concurrency: Annotated[int, Field(ge=1)] | None = None
+    """None for no limit."""
+    burstiness: Annotated[FiniteFloat, Field(gt=0)] | None = None
+    """Shape of the gamma distribution of gaps between requests, 1 for a Poisson process; None where nobody says."""
+
+
+class Prompts(Record):
+    """Which prompts a batch or a load consisted of."""
+
+    dataset: str
+    count: Annotated[int, Field(ge=1)]
+    tokens: Annotated[int, Field(ge=0)] | None
+    """Of all prompts of one repetition; None where a client drew them as text."""
+    sha256: str | None
+    """Of the token ids of the first counted repetition, a line for each prompt; None as above."""
+    file_sha256: str | None = None
+    """Of the file that they were taken from; None where they were made."""
+
+
+class Kernel(Record):
+    """What a profiler says of one kernel or operator."""
+
+    name: str
+    calls: Annotated[int, Field(ge=1)]
+    device_s: Seconds
+    """Time of all calls: on the GPU, or on the processor where there is none."""
+    share: Annotated[FiniteFloat, Field(ge=0, le=1)]
+    """Of the time of everything that the profiler saw there."""
+
+
+class Trace(Record):
+    """One more repetition under a profiler, after the last that counts."""
+
+    tool: str
+    """Name and version, e.g. `torch.profiler 2.13.0`."""
+    note: str | None = None
+    """Why there is no trace, or no file of it."""
+    file: str | None
+    """The trace's place below the run folder; None where `note` says why."""
+    file_sha256: str | None
+    size_bytes: Annotated[int, Field(ge=0)]
+    """Of the trace, kept or not."""
+    repetition_s: Seconds
+    """How long the repetition took under the profiler; no measurement."""
+    kernels: tuple[Kernel, ...]
+    """The longest ones, by time."""
+
+
 class OutputCheck(Record):
     """How an engine's outputs compared with another engine's on the same weights."""
 
@@ -150,11 +277,28 @@ class Serving(Record):
     """What really runs, by role (`linear`, `attention`): name of the implementation to number of layers."""
     settings: Facts
     """Every setting as the engine resolved it."""
-    requests: tuple[Request, ...]
+    requests: tuple[Request, ...] = ()
+    """Of a `generate` cell."""
+    batches: tuple[Batch, ...] = ()
+    """Of a `static_batch` or `offline` cell."""
+    load: Load | None = None
+    """Of an `online` cell."""
+    prompts: Prompts | None = None
+    """Of every cell but those of `generate`, whose prompts follow from the cell alone."""
+    step_clock: Literal["engine-step", "stream", "none"] | None = None
+    """How the steps of batches were seen: the engine was asked for each; tokens came one by one; not at all."""
     memory: Mapping[str, int] = {}
     """Bytes and tokens that the engine reported: weights_bytes, kv_cache_tokens, peak_bytes."""
     output: OutputCheck | None = None
     """None where the profile compares with no reference."""
+    trace: Trace | None = None
+    """None where nobody asked for one."""
+
+    @property
+    def served(self) -> bool:
+        """Whether the engine did anything at all, and nothing of it failed."""
+        loaded = self.load is not None and self.load.completed > 0 and self.load.failed == 0
+        return bool(self.requests) or bool(self.batches) or loaded
 
 
 class Result(Record):
@@ -169,14 +313,18 @@ class Result(Record):
     environment_id: str | None = None
     """The environment record that this result was made in; None when no worker came so far."""
     check: Check | None = None
+    memory: Memory | None = None
+    """What only operations have that consist of a forward and a backward pass."""
     selection: Selection | None = None
     serving: Serving | None = None
     """What only cells of engines have."""
     work: Work | None = None
     measurements: tuple[Measurement, ...] = ()
+    counts: Mapping[str, int] = {}
+    """What the calls of this cell, checks and warm-ups included, moved and met, by the provider's own names."""
     telemetry: Facts = {}
     phases_s: Mapping[str, Seconds] = {}
-    """Wall clock of the worker's steps for this cell: inputs, compile, check, capture, total."""
+    """Wall clock of the worker's steps for this cell: inputs, compile, check, memory, capture, total."""
     compilations: int = 0
     """Kernels that were compiled for this cell because no cache held them."""
     started_at: str
@@ -201,7 +349,7 @@ class Result(Record):
             return self.check is not None and self.check.passed
         return (
             self.serving is not None
-            and bool(self.serving.requests)
+            and self.serving.served
             and (self.serving.output is None or self.serving.output.passed)
         )
 

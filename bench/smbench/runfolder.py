@@ -4,7 +4,8 @@ run.json        what the folder is: format, recipe, profile, smbench version
 recipe.toml     the recipe as it was, byte for byte: it loads again
 plan.json       every cell, in order
 results.jsonl   one record a line: environments, results, sessions; appended and fsynced, never rewritten
-logs/           standard error of each worker
+logs/           standard error of each worker, and what servers and load clients said
+native/         what the load client of each online cell wrote, without the texts that were generated
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from smbench import models
+from smbench import models, stacks
 from smbench.errors import UsageError
 from smbench.plan import Plan, Planned
 from smbench.result import Environment, Result, Session, Status
@@ -66,11 +66,12 @@ def run(
     on_warning: Callable[[str], None],
     worker_command: Sequence[str] | None = None,
     price_per_hour: float | None = None,
+    trace: str | None = None,
 ) -> None:
     """Measure every cell of a plan that has no result in the folder or was skipped. The caller holds the folder's lock.
 
     `worker_command` stands for the plan's own choice of a Python for each stack; `price_per_hour` is what the machine
-    costs, in the caller's currency.
+    costs, in the caller's currency; `trace` names a profiler that one more repetition of each batch runs under.
 
     KeyboardInterrupt passes through after the session is recorded; OSError when the disk is full, with all results
     that were appended intact; UsageError when the worker refuses the request; WorkerCannotStart when none comes up.
@@ -82,7 +83,7 @@ def run(
             on_warning(appender.set_aside)
         before = load(folder)
         known = {environment.environment_id for environment in before.environments}
-        session = _RunSession(plan, folder, appender, on_result, on_warning, known, worker_command)
+        session = _RunSession(plan, folder, appender, on_result, on_warning, known, worker_command, trace)
         session.tally.price_per_hour = price_per_hour
         ended: Literal["finished", "interrupted", "failed"] = "failed"
         try:
@@ -110,6 +111,7 @@ class _RunSession:
         on_note: Callable[[str], None],
         known_environments: set[str],
         worker_command: Sequence[str] | None,
+        trace: str | None,
     ) -> None:
         self._plan = plan
         self._folder = folder
@@ -118,6 +120,7 @@ class _RunSession:
         self._on_note = on_note
         self._known = known_environments
         self._worker_command = worker_command
+        self._trace = trace
         self._last_words = "none"
         self.tally = _Tally(_now(), time.monotonic())
 
@@ -196,6 +199,11 @@ class _RunSession:
             "kind": self._plan.recipe.kind,
             "device": profile.device,
             "logs": str((self._folder / "logs").resolve()),
+            "folder": str(self._folder.resolve()),
+            "time_limit_s": profile.time_limit_s,
+            "trace": self._trace,
+            # whatever engine a server is of, its load client is vLLM's
+            "client_python": str(stacks.here().python("vllm")),
             "measures": [row.model_dump(exclude={"title"}) for row in profile.measure],
             "jobs": [
                 {

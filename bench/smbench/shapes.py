@@ -7,8 +7,8 @@ Owns these rows. Does not own what they mean for work and memory (`workloads`) n
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """`architectures` of `config.json` that the formulas of `workloads.ModelFacts` describe."""
@@ -34,7 +34,7 @@ QUANTIZATION: Mapping[str, Any] = {
         ["mlp.down_proj"],
     ],
 }
-"""The `quantization_config` of all GPTQ checkpoints of Qwen2.5 with 4 bits, and of every synthetic one."""
+"""The `quantization_config` of all GPTQ checkpoints of Qwen2.5 with 4 bits, and of every quantized synthetic one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +52,13 @@ class Shape:
     bos_token_id: int
     eos_token_id: int
     source: str
+    weights: Literal["gptq", "bfloat16"] = "gptq"
+    """Packed weights of 4 bits beside float16, or bfloat16 throughout."""
 
     @property
     def config(self) -> dict[str, Any]:
-        """The `config.json` of a GPTQ checkpoint of this shape."""
+        """The `config.json` of a checkpoint of this shape."""
+        packed = self.weights == "gptq"
         return {
             "architectures": ["Qwen2ForCausalLM"],
             "model_type": "qwen2",
@@ -73,15 +76,15 @@ class Shape:
             "rms_norm_eps": 1e-06,
             "rope_theta": 1000000.0,
             "tie_word_embeddings": self.tie_word_embeddings,
-            "torch_dtype": "float16",
+            "torch_dtype": "float16" if packed else "bfloat16",
             "use_cache": True,
             "use_sliding_window": False,
             "vocab_size": self.vocab_size,
-            "quantization_config": dict(QUANTIZATION),
+            **({"quantization_config": dict(QUANTIZATION)} if packed else {}),
         }
 
 
-SHAPES: Mapping[str, Shape] = {
+_QUANTIZED: Mapping[str, Shape] = {
     "tiny": Shape(
         hidden_size=256,
         intermediate_size=768,
@@ -136,8 +139,32 @@ SHAPES: Mapping[str, Shape] = {
     ),
 }
 
+_PLAIN: Mapping[str, Shape] = {
+    **{f"{name}-bf16": replace(shape, weights="bfloat16") for name, shape in _QUANTIZED.items()},
+    "qwen2.5-14b-bf16": Shape(
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=48,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+        vocab_size=152064,
+        max_position_embeddings=32768,
+        tie_word_embeddings=False,
+        bos_token_id=151643,
+        eos_token_id=151645,
+        source="config.json of Qwen/Qwen2.5-14B-Instruct",
+        weights="bfloat16",
+    ),
+}
+
+SHAPES: Mapping[str, Shape] = {**_QUANTIZED, **_PLAIN}
+"""Name to shape; a name that ends in -bf16 is one whose weights are not quantized."""
+
 HUB: Mapping[str, str] = {
     "Qwen/Qwen2.5-32B-Instruct-GPTQ-Int4@c83e67dfb2664f5039fd4cd99e206799e27dd800": "qwen2.5-32b",
     "Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4@e9c932ac1893a49ae0fc497ad6e1e86e2e39af20": "qwen2.5-7b",
+    "Qwen/Qwen2.5-32B-Instruct@5ede1c97bbab6ce5cda5812749b4c0bdf79b18dd": "qwen2.5-32b-bf16",
+    "Qwen/Qwen2.5-14B-Instruct@cf98f3b3bbb457ad9e2bb7baf9a0125b6b88caa8": "qwen2.5-14b-bf16",
+    "Qwen/Qwen2.5-7B-Instruct@a09a35458c702b33eeacc393d103063234e8bc28": "qwen2.5-7b-bf16",
 }
 """Pinned models of the hub whose configuration is known before they are downloaded, and their shape."""

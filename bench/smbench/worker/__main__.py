@@ -65,7 +65,8 @@ def serve(request: dict[str, Any], events: Events) -> int:
     if device.type == "cuda":
         torch.cuda.init()
         baked.use()
-    runner = OpRunner(device, [Spec(**row) for row in request["measures"]], sys.stderr)
+    native = Path(request["folder"]) / "native" if "folder" in request else None
+    runner = OpRunner(device, [Spec(**row) for row in request["measures"]], sys.stderr, native)
     jobs = [Job(**row) for row in request["jobs"]]
     errors = runner.refusals(jobs)
     if errors:

@@ -1,9 +1,9 @@
-"""Writes a GPTQ checkpoint of a Qwen2 shape from a seed: `python -m smbench.worker.checkpoint SHAPE --out FOLDER`.
+"""Writes a checkpoint of a Qwen2 shape from a seed: `python -m smbench.worker.checkpoint SHAPE --out FOLDER`.
 
-Speed does not need trained weights. These are random, but quantized in earnest, and scaled so that a forward pass is
-one: attention looks at few tokens, activations stay near one through all layers, and logits spread. Equal seeds give
-equal tensors on every device. Owns what is in a checkpoint and how it gets onto the disk; not the arithmetic of packing
-(`gptq`), not the shapes (`shapes`), and not where checkpoints lie (`models`).
+Speed does not need trained weights. These are random, but quantized in earnest where the shape is, and scaled so that a
+forward pass is one: attention looks at few tokens, activations stay near one through all layers, and logits spread.
+Equal seeds give equal tensors on every device. Owns what is in a checkpoint and how it gets onto the disk; not the
+arithmetic of packing (`gptq`), not the shapes (`shapes`), and not where checkpoints lie (`models`).
 
 What it takes: a GPU draws and packs 32B weights in seconds, so the disk decides: 19.3 GB in 19 s beside an H200 with
 16 cores. On a CPU drawing takes some 50 ns a weight and core.
@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 
 from smbench.shapes import BITS, GROUP, SHAPES, Shape
+from smbench.worker import wordtokenizer
 from smbench.worker.gptq import Packed, quantize
 from smbench.worker.noise import SPREAD, bell
 
-FORMAT = 1
-"""Raised whenever equal seeds give other bytes. History: 1 = first."""
+FORMAT = 2
+"""Raised whenever equal seeds give other bytes. History: 1 = first; 2 = with a tokenizer."""
 
 SHARD_BYTES = 1 << 30
 """A shard ends with the first part that makes it this large."""
@@ -58,7 +59,7 @@ NORM_DEVIATION = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A quantized layer."""
+    """A layer whose weights are quantized where the shape's are."""
 
     name: str
     rows: int
@@ -67,16 +68,19 @@ class Linear:
     """Outputs."""
     deviation: float
     """Of its weights before they are quantized."""
+    packed: bool
+    """By GPTQ; else one tensor in bfloat16, [columns, rows]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """A tensor in float16."""
+    """A tensor that no quantization touches."""
 
     name: str
     shape: tuple[int, ...]
     mean: float
     deviation: float
+    dtype: torch.dtype
 
 
 Part = Linear | Plain
@@ -84,36 +88,42 @@ Part = Linear | Plain
 
 def parts(shape: Shape) -> Iterator[list[Part]]:
     """Everything in a checkpoint, in groups that lie in one file: embeddings, each layer, what follows the layers."""
-    hidden, vocabulary = shape.hidden_size, shape.vocab_size
+    hidden, vocabulary, dtype = shape.hidden_size, shape.vocab_size, _dtype(shape)
     deviation = TIED_DEVIATION if shape.tie_word_embeddings else EMBEDDING_DEVIATION
-    yield [Plain("model.embed_tokens.weight", (vocabulary, hidden), 0.0, deviation)]
+    yield [Plain("model.embed_tokens.weight", (vocabulary, hidden), 0.0, deviation, dtype)]
     for i in range(shape.num_hidden_layers):
         yield _layer(shape, f"model.layers.{i}")
-    last: list[Part] = [Plain("model.norm.weight", (hidden,), 1.0, NORM_DEVIATION)]
+    last: list[Part] = [Plain("model.norm.weight", (hidden,), 1.0, NORM_DEVIATION, dtype)]
     if not shape.tie_word_embeddings:
-        last.append(Plain("lm_head.weight", (vocabulary, hidden), 0.0, HEAD_GAIN / math.sqrt(hidden)))
+        last.append(Plain("lm_head.weight", (vocabulary, hidden), 0.0, HEAD_GAIN / math.sqrt(hidden), dtype))
     yield last
+
+
+def _dtype(shape: Shape) -> torch.dtype:
+    """Of everything that is not packed."""
+    return torch.float16 if shape.weights == "gptq" else torch.bfloat16
 
 
 def _layer(shape: Shape, name: str) -> list[Part]:
     """One block. Each of its two outputs adds about 1 / (2 * layers) to the variance of the stream."""
+    dtype = _dtype(shape)
     hidden, inner = shape.hidden_size, shape.intermediate_size
     kv = hidden // shape.num_attention_heads * shape.num_key_value_heads
     residual = 1 / math.sqrt(2 * shape.num_hidden_layers)
 
     def linear(module: str, rows: int, columns: int, gain: float) -> Linear:
-        return Linear(f"{name}.{module}", rows, columns, gain / math.sqrt(rows))
+        return Linear(f"{name}.{module}", rows, columns, gain / math.sqrt(rows), shape.weights == "gptq")
 
     return [
-        Plain(f"{name}.input_layernorm.weight", (hidden,), 1.0, NORM_DEVIATION),
+        Plain(f"{name}.input_layernorm.weight", (hidden,), 1.0, NORM_DEVIATION, dtype),
         linear("self_attn.q_proj", hidden, hidden, QUERY_KEY_GAIN),
         linear("self_attn.k_proj", hidden, kv, QUERY_KEY_GAIN),
         linear("self_attn.v_proj", hidden, kv, 1.0),
-        Plain(f"{name}.self_attn.q_proj.bias", (hidden,), 0.0, BIAS_DEVIATION),
-        Plain(f"{name}.self_attn.k_proj.bias", (kv,), 0.0, BIAS_DEVIATION),
-        Plain(f"{name}.self_attn.v_proj.bias", (kv,), 0.0, BIAS_DEVIATION),
+        Plain(f"{name}.self_attn.q_proj.bias", (hidden,), 0.0, BIAS_DEVIATION, dtype),
+        Plain(f"{name}.self_attn.k_proj.bias", (kv,), 0.0, BIAS_DEVIATION, dtype),
+        Plain(f"{name}.self_attn.v_proj.bias", (kv,), 0.0, BIAS_DEVIATION, dtype),
         linear("self_attn.o_proj", hidden, hidden, residual),
-        Plain(f"{name}.post_attention_layernorm.weight", (hidden,), 1.0, NORM_DEVIATION),
+        Plain(f"{name}.post_attention_layernorm.weight", (hidden,), 1.0, NORM_DEVIATION, dtype),
         linear("mlp.gate_proj", hidden, inner, 1.0),
         linear("mlp.up_proj", hidden, inner, 1.0),
         linear("mlp.down_proj", inner, hidden, residual / GATED_DEVIATION),
@@ -123,7 +133,9 @@ def _layer(shape: Shape, name: str) -> list[Part]:
 def tensor_bytes(part: Part) -> int:
     """Bytes of a part in the file, headers aside."""
     if isinstance(part, Plain):
-        return 2 * math.prod(part.shape)
+        return part.dtype.itemsize * math.prod(part.shape)
+    if not part.packed:
+        return tensor_bytes(_unpacked(part))
     groups = part.rows // GROUP
     weights, zeros = part.rows * part.columns * BITS // 8, groups * part.columns * BITS // 8
     return weights + zeros + 2 * groups * part.columns + 4 * part.rows
@@ -133,6 +145,8 @@ def draw(part: Part, seed: int, device: torch.device) -> Mapping[str, Tensor]:
     """The tensors of a part by name, on the device that drew them."""
     if isinstance(part, Plain):
         return {part.name: _plain(part, seed, device)}
+    if not part.packed:
+        return draw(_unpacked(part), seed, device)
     packed = _linear(part, seed, device)
     return {
         f"{part.name}.qweight": packed.qweight,
@@ -142,9 +156,14 @@ def draw(part: Part, seed: int, device: torch.device) -> Mapping[str, Tensor]:
     }
 
 
+def _unpacked(part: Linear) -> Plain:
+    """A layer as the one tensor that it is where nothing is quantized."""
+    return Plain(f"{part.name}.weight", (part.columns, part.rows), 0.0, part.deviation, torch.bfloat16)
+
+
 def _plain(part: Plain, seed: int, device: torch.device) -> Tensor:
     count = math.prod(part.shape)
-    drawn = torch.empty(count, dtype=torch.float16, device=device)
+    drawn = torch.empty(count, dtype=part.dtype, device=device)
     for places in _chunks(count, CHUNK[device.type]):
         numbers = bell(seed, part.name, places, device).to(torch.float32)
         drawn[places.start : places.stop] = numbers.mul_(part.deviation / SPREAD).add_(part.mean)
@@ -205,6 +224,9 @@ def write(shape: Shape, seed: int, folder: Path, device: torch.device) -> int:
     _write_json(unfinished / "config.json", shape.config)
     tokens = {"bos_token_id": shape.bos_token_id, "eos_token_id": shape.eos_token_id, "do_sample": False}
     _write_json(unfinished / "generation_config.json", tokens)
+    context = shape.max_position_embeddings
+    for name, content in wordtokenizer.files(shape.vocab_size, shape.bos_token_id, shape.eos_token_id, context).items():
+        _write_json(unfinished / name, content)
     unfinished.rename(folder)
     return total
 
@@ -235,7 +257,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def main(arguments: list[str]) -> int:
     """The command. Exit code 2, with one line, for what the user can mend."""
-    parser = argparse.ArgumentParser(prog="smbench.worker.checkpoint", description="Write a GPTQ checkpoint.")
+    parser = argparse.ArgumentParser(prog="smbench.worker.checkpoint", description="Write a checkpoint.")
     parser.add_argument("shape", choices=list(SHAPES))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)

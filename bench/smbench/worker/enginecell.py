@@ -1,7 +1,8 @@
-"""One cell of an engine: start it, send its requests one after the other, compare its outputs, report. Owns the clock.
+"""One cell of an engine: start it, send its requests or batches, compare its outputs, report. Owns order and clock.
 
-A number is the host's clock around one request. Nothing else happens inside that interval: prompts are drawn before,
-outputs are compared after the last request. Does not own processes (`serving`) nor how an engine is driven (`engines`).
+A number is the host's clock around one request, or of one batch. Nothing else happens inside that interval: prompts
+are drawn before, outputs are compared after the last one, and a profiler comes last. Does not own processes
+(`serving`), how an engine is driven (`engines`), nor the load on a server (`online`).
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from smbench.worker import outputs, telemetry
+from smbench.worker import batches, datasets, outputs, telemetry, tracing
+from smbench.worker.batches import Repetition
 from smbench.worker.cellprocess import Say
-from smbench.worker.engines import Completion, Engine, UnsupportedByEngine, driver, setup_of
+from smbench.worker.engines import Completion, Engine, Setup, UnsupportedByEngine, driver, setup_of
 from smbench.worker.prompts import prompt
+from smbench.worker.tracing import Tracing
 
 OUT_OF_MEMORY = re.compile(
     r"out of memory|OutOfMemoryError|MemoryError|No available memory for the cache blocks"
@@ -54,16 +57,17 @@ class Served:
         }
 
 
-def run(job: Mapping[str, Any], say: Say, imported: bool) -> None:
+def run(job: Mapping[str, Any], say: Say, imported: bool, trace: Tracing | None = None) -> None:
     """Measure one cell and emit its `result`, with a `request` for each that is answered. Never raises for an engine.
 
-    `imported` says that the engine was imported before this process began.
+    `imported` says that the engine was imported before this process began; `trace` asks for a profile of one more
+    repetition, before which the result is said as `measured`: a profiler may take the process with it.
     """
     started_at = datetime.now(UTC).isoformat(timespec="milliseconds")
     phases: dict[str, float] = {}
     result: dict[str, Any] = {"phases_s": phases}
     began = time.perf_counter()
-    cell = _Cell(job, say, phases)
+    cell = _Cell(job, say, phases, trace)
     try:
         result |= cell.measure(imported)
     except UnsupportedByEngine as error:
@@ -75,7 +79,29 @@ def run(job: Mapping[str, Any], say: Say, imported: bool) -> None:
         said = "".join(traceback.format_exception(error))
         result |= {"status": "oom" if OUT_OF_MEMORY.search(said) else "crashed", "reason": words}
     phases["total"] = time.perf_counter() - began
-    say("result", {"cell_id": job["cell_id"], "started_at": started_at, **result})
+    told = {"cell_id": job["cell_id"], "started_at": started_at, **result}
+    if trace is not None and trace.tool == "torch" and "serving" in told:
+        say("measured", told)
+        told["serving"]["trace"] = cell.traced()
+        phases["total"] = time.perf_counter() - began
+    say("result", told)
+    cell.close()
+
+
+def record(job: Mapping[str, Any], say: Say) -> None:
+    """Start the cell's engine, warm it up, and run one repetition for a profiler that watches this program.
+
+    Emits `recorded` with its seconds. What the engine raises passes through: there is nothing to save.
+    """
+    from torch.cuda import profiler
+
+    cell = _Cell(job, say, {}, None)
+    engine, work = cell.warmed_up()
+    began = time.perf_counter()
+    profiler.start()
+    work.run(engine, 1, False)
+    profiler.stop()
+    say("recorded", {"cell_id": job["cell_id"], "repetition_s": time.perf_counter() - began})
     cell.close()
 
 
@@ -87,12 +113,16 @@ def first_line(error: BaseException) -> str:
 class _Cell:
     """A cell at work."""
 
-    def __init__(self, job: Mapping[str, Any], say: Say, phases: dict[str, float]) -> None:
+    def __init__(self, job: Mapping[str, Any], say: Say, phases: dict[str, float], trace: Tracing | None) -> None:
         self._job = job
         self._wanted = job["engine"]
         self._say = say
         self._phases = phases
+        self._trace = trace
         self._engine: Engine | None = None
+        self._served: _Requests | _Batches | None = None
+        self._warmup = int(self._wanted["requests"]["warmup"])
+        self._repetitions = self._warmup + int(self._wanted["requests"]["samples"])
 
     def measure(self, imported: bool) -> dict[str, Any]:
         """Everything in order; what the engine raises passes through."""
@@ -102,36 +132,61 @@ class _Cell:
                 chosen.preload()
         setup = setup_of(self._job)
         with self._phase("inputs"):
-            prompts = self._prompts()
+            work = self._work(setup)
         with self._phase("start"):
             self._engine = engine = chosen.start(setup)
         on_gpu = setup.device == "cuda"
         sampler = telemetry.open_telemetry() if on_gpu else telemetry.NullSampler("runs on the CPU")
         with sampler, self._phase("generate"):
             began = time.monotonic()
-            served = [self._request(engine, tokens) for tokens in prompts]
+            for index in range(self._repetitions):
+                work.run(engine, index)
+                # the host's watchdog sees that the cell is alive
+                self._say("request", {"cell_id": self._job["cell_id"]})
             window = sampler.window(began, time.monotonic())
         memory = dict(engine.memory())
         output = None
         if self._wanted["compare"]:
             with self._phase("check"):
-                counted = served[self._wanted["requests"]["warmup"] :]
-                output = outputs.check(engine, setup, [(s.prompt, s.completion.token_ids) for s in counted[:COMPARED]])
+                output = outputs.check(engine, setup, work.compared(self._warmup))
+        self._served = work
         return {
             "serving": {
                 "engine": self._wanted["engine"],
                 "version": engine.version,
                 "kernels": {role: dict(found) for role, found in engine.kernels.items()},
                 "settings": dict(engine.settings),
-                "requests": [entry.record() for entry in served],
+                **work.record(self._warmup),
                 "memory": memory,
                 "output": output,
             },
             "selection": {"source": "library", "config": {}, "kernels": {}},
             "work": self._wanted["work"].get("e2e_latency"),
             "telemetry": window,
-            **self._outcome(served, output),
+            **self._outcome(work, output),
         }
+
+    def traced(self) -> dict[str, Any]:
+        """One more repetition under torch's profiler, after the cell was measured."""
+        trace, engine, work = self._trace, self._engine, self._served
+        assert trace is not None and engine is not None and work is not None
+        # the watchdog waits as long for it as for any other
+        self._say("request", {"cell_id": self._job["cell_id"]})
+        with self._phase("trace"):
+            return tracing.take(
+                trace.folder, self._job["cell_id"], engine, lambda: work.run(engine, self._repetitions, False)
+            )
+
+    def warmed_up(self) -> tuple[Engine, _Requests | _Batches]:
+        """The running engine after a first repetition, and the work that has one more."""
+        chosen = driver(self._wanted["engine"])
+        chosen.preload()
+        setup = setup_of(self._job)
+        self._repetitions = 2
+        work = self._work(setup)
+        self._engine = engine = chosen.start(setup)
+        work.run(engine, 0, False)
+        return engine, work
 
     def close(self) -> None:
         """End the engine; what goes wrong then is only worth a line in the log, since the process ends too."""
@@ -143,38 +198,29 @@ class _Cell:
         except Exception:  # noqa: BLE001
             traceback.print_exc(file=sys.stderr)
 
-    def _prompts(self) -> list[list[int]]:
-        """The prompts of all requests, warm-ups first."""
-        counts, axes = self._wanted["requests"], self._job["axes"]
-        return [
-            prompt(self._job["seed"], self._wanted["model"]["vocabulary"], int(axes["input_len"]), index)
-            for index in range(counts["warmup"] + counts["samples"])
-        ]
+    def _work(self, setup: Setup) -> _Requests | _Batches:
+        """What the cell asks its engine, all prompts drawn."""
+        # a profiler gets prompts of its own, which no cache of prefixes has seen
+        count = self._repetitions + (self._trace is not None)
+        if setup.workload == "generate":
+            return _Requests(self._job, count)
+        return _Batches(self._job, count, stepwise=setup.workload == "static_batch")
 
-    def _request(self, engine: Engine, tokens: Sequence[int]) -> Served:
-        output_len = int(self._job["axes"]["output_len"])
-        began = time.perf_counter()
-        completion = engine.generate(tokens, output_len)
-        e2e_s = time.perf_counter() - began
-        # the host's watchdog sees that the cell is alive
-        self._say("request", {"cell_id": self._job["cell_id"]})
-        return Served(tokens, completion, e2e_s)
-
-    def _outcome(self, served: Sequence[Served], output: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _outcome(self, work: _Requests | _Batches, output: Mapping[str, Any] | None) -> dict[str, Any]:
         if output is not None and not output["passed"]:
             return {"status": "incorrect", "reason": "; ".join(output["faults"])}
         if self._job["untimed_reason"] is not None:
             return {"status": "verified", "reason": self._job["untimed_reason"]}
-        return {"status": "ok", "reason": None, "measurements": self._measurements(served)}
+        return {"status": "ok", "reason": None, "measurements": self._measurements(work)}
 
-    def _measurements(self, served: Sequence[Served]) -> list[dict[str, Any]]:
-        """A measure that the engine's clock does not give is left out: the request records say why."""
-        warmup = self._wanted["requests"]["warmup"]
+    def _measurements(self, work: _Requests | _Batches) -> list[dict[str, Any]]:
+        """A measure that the engine's clock does not give is left out: the stored records say why."""
+        warmup = self._warmup
         rows = []
         for name in self._wanted["measures"]:
-            values = [value for entry in served if (value := _value(name, entry)) is not None]
-            if len(values) < len(served):
-                sys.stderr.write(f"{name}: the engine does not tell when a request's first token was there\n")
+            values = work.values(name)
+            if len(values) < self._repetitions:
+                sys.stderr.write(f"{name}: {work.silence}\n")
                 continue
             samples = values[warmup:]
             rows.append(
@@ -198,6 +244,73 @@ class _Cell:
             yield
         finally:
             self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - began
+
+
+class _Requests:
+    """Requests one after the other, each of one prompt."""
+
+    silence = "the engine does not tell when a request's first token was there"
+
+    def __init__(self, job: Mapping[str, Any], repetitions: int) -> None:
+        axes, vocabulary = job["axes"], job["engine"]["model"]["vocabulary"]
+        self._output_len = int(axes["output_len"])
+        self._prompts = [prompt(job["seed"], vocabulary, int(axes["input_len"]), i) for i in range(repetitions)]
+        self._done: list[Served] = []
+
+    def run(self, engine: Engine, index: int, keep: bool = True) -> None:
+        """Send a request."""
+        tokens = self._prompts[index]
+        began = time.perf_counter()
+        completion = engine.generate(tokens, self._output_len)
+        e2e_s = time.perf_counter() - began
+        if keep:
+            self._done.append(Served(tokens, completion, e2e_s))
+
+    def record(self, first_counted: int) -> dict[str, Any]:
+        """Fields of the stored record."""
+        return {"requests": [entry.record() for entry in self._done]}
+
+    def compared(self, first_counted: int) -> list[tuple[Sequence[int], Sequence[int]]]:
+        """Prompts and what was generated, whose outputs are compared."""
+        return [(s.prompt, s.completion.token_ids) for s in self._done[first_counted:][:COMPARED]]
+
+    def values(self, measure: str) -> list[float]:
+        """What is known of a measure, of each request in order."""
+        return [value for entry in self._done if (value := _value(measure, entry)) is not None]
+
+
+class _Batches:
+    """Repetitions of a batch that is handed over at once."""
+
+    silence = "the engine does not show the steps of a batch"
+
+    def __init__(self, job: Mapping[str, Any], repetitions: int, stepwise: bool) -> None:
+        self._output_len = int(job["axes"]["output_len"])
+        self._drawn = datasets.draw(job, repetitions)
+        self._stepwise = stepwise
+        self._done: list[Repetition] = []
+
+    def run(self, engine: Engine, index: int, keep: bool = True) -> None:
+        """Run a repetition."""
+        done = batches.run(engine, self._drawn.repetitions[index], self._output_len, self._stepwise)
+        if keep:
+            self._done.append(done)
+
+    def record(self, first_counted: int) -> dict[str, Any]:
+        """Fields of the stored record."""
+        return {
+            "batches": [entry.record() for entry in self._done],
+            "prompts": self._drawn.record(first_counted),
+            "step_clock": self._done[0].answer.step_clock,
+        }
+
+    def compared(self, first_counted: int) -> list[tuple[Sequence[int], Sequence[int]]]:
+        """Prompts and what was generated, whose outputs are compared."""
+        return batches.compared(self._done, first_counted)
+
+    def values(self, measure: str) -> list[float]:
+        """What is known of a measure, of each repetition in order."""
+        return [value for entry in self._done if (value := entry.value(measure)) is not None]
 
 
 def _value(measure: str, served: Served) -> float | None:

@@ -19,9 +19,12 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-def die_with_parent(parent: int) -> None:
-    """Ask Linux to end this process when `parent` ends, even by SIGKILL: an orphan would disturb the next run."""
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def die_with_parent(parent: int, word: signal.Signals = signal.SIGKILL) -> None:
+    """Ask Linux to end this process when `parent` ends, even by SIGKILL: an orphan would disturb the next run.
+
+    `word` is what it is sent; another than SIGKILL lets it end its own children first.
+    """
+    _prctl(_PR_SET_PDEATHSIG, word)
     if os.getppid() != parent:
         sys.exit("the parent process has gone")
 

@@ -21,15 +21,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from smbench.identity import environment_id
-from smbench.worker import enginecell
+from smbench.worker import enginecell, sharegpt
 from smbench.worker.cellprocess import CellProcess, Say, last_words, tail
 from smbench.worker.engines import Driver, driver
 from smbench.worker.processes import adopt_orphans, end_descendants, kernel_memory_kills
+from smbench.worker.tracing import Tracing, nothing
 
 MEMORY_SLACK_BYTES = 256 << 20
 """A GPU counts as free again with this much more in use than before the first cell."""
 MEMORY_WAIT_S = 30.0
 MEMORY_POLL_S = 0.1
+ONLINE = "online"
+"""The workload whose cells are servers under a load client (`online`)."""
 LOG_TAIL_BYTES = 20_000
 """How much of a dead cell's log is searched for the words of an allocator."""
 
@@ -47,7 +50,7 @@ def serve_cells(request: dict[str, Any], events: Events) -> int:
     """
     jobs: list[dict[str, Any]] = request["jobs"]
     if request.get("alone"):
-        enginecell.run(jobs[0], lambda event, fields: events.emit(event, **fields), imported=False)
+        _alone(request, events)
         return 0
     if faults := refusals(jobs):
         events.emit("refused", errors=faults)
@@ -56,7 +59,9 @@ def serve_cells(request: dict[str, Any], events: Events) -> int:
     name = jobs[0]["engine"]["engine"]
     logs = Path(request["logs"])
     logs.mkdir(parents=True, exist_ok=True)
-    broken = _preload(driver(name), request["device"], jobs)
+    batches = [job for job in jobs if job["subject"] != ONLINE]
+    # servers are programs of their own, which import the engine themselves
+    broken = _preload(driver(name), request["device"], batches) if batches else None
     facts, forked = _environment(request["device"], logs)
     if not forked:
         sys.stderr.write(
@@ -64,18 +69,41 @@ def serve_cells(request: dict[str, Any], events: Events) -> int:
         )
     events.emit("ready", environment_id=environment_id(facts), environment=facts, timer_checks=[])
     cells = _Cells(events, logs, forked, request, _used_bytes(logs) if request["device"] == "cuda" else None)
-    for job in jobs:
+    for job in batches:
         events.emit("start", cell_id=job["cell_id"])
         if broken is not None:
             events.emit("died", cell_id=job["cell_id"], status="crashed", reason=broken)
         else:
             cells.serve(job)
+    if loads := [job for job in jobs if job["subject"] == ONLINE]:
+        from smbench.worker import online
+
+        online.serve_cells(loads, request, events)
     events.emit("done")
     return 0
 
 
+def _alone(request: Mapping[str, Any], events: Events) -> None:
+    """The one cell of this program."""
+
+    def say(event: str, fields: Mapping[str, Any]) -> None:
+        events.emit(event, **fields)
+
+    (job,) = request["jobs"]
+    if request.get("recorded"):
+        enginecell.record(job, say)
+    else:
+        enginecell.run(job, say, imported=False, trace=_trace(request))
+
+
+def _trace(request: Mapping[str, Any]) -> Tracing | None:
+    """The profiler that was asked for, and where traces go."""
+    tool = request.get("trace")
+    return None if tool is None else Tracing(str(tool), Path(request["folder"]))
+
+
 def refusals(jobs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What makes the request impossible as a whole: an unknown engine, several of them, unknown settings."""
+    """What makes the request impossible as a whole: unknown or several engines, unknown settings, no prompts."""
     faults: dict[str, None] = {}
     names = list(dict.fromkeys(job["engine"]["engine"] for job in jobs))
     if len(names) > 1:
@@ -89,6 +117,12 @@ def refusals(jobs: Sequence[Mapping[str, Any]]) -> list[str]:
         for key in job["engine"]["settings"].keys() - known.keys():
             at = f"providers.{job['provider']}.settings.{key}"
             faults[f"{at}: unknown setting of engine {names[0]!r}; known: {', '.join(known) or 'none'}"] = None
+    for file in {job["engine"]["sharegpt"] for job in jobs if job["axes"].get("dataset") == "sharegpt"}:
+        try:
+            # read once: cells are forked from here
+            sharegpt.questions(Path(file))
+        except (sharegpt.NotShareGpt, OSError) as error:
+            faults[str(error)] = None
     return list(faults)
 
 
@@ -109,15 +143,28 @@ class _Cells:
         log = self.logs / f"{job['cell_id']}.log"
         request_file = self.logs / f"{job['cell_id']}.request.json"
         process = self._process(job, log, request_file)
-        finished = False
+        asked = _trace(self.request)
+        recorded = asked is not None and asked.tool == "nsys"
+        result: dict[str, Any] | None = None
+        measured: dict[str, Any] | None = None
         for event in process.events():
-            if event["event"] in ("request", "result"):
-                finished = finished or event["event"] == "result"
-                self.events.emit(event["event"], **{key: value for key, value in event.items() if key != "event"})
+            if event["event"] == "request":
+                self.events.emit("request", cell_id=job["cell_id"])
+            elif event["event"] == "result":
+                result = {key: value for key, value in event.items() if key != "event"}
+                if not recorded:
+                    self.events.emit("result", **result)
+            elif event["event"] == "measured":
+                measured = {key: value for key, value in event.items() if key != "event"}
         request_file.unlink(missing_ok=True)
         if left := end_descendants():
             sys.stderr.write(f"{log.stem}: ended {left} processes that the cell left behind\n")
-        if not finished:
+        if result is None and measured is not None:
+            # the numbers were there before the profiler took the process with it
+            died = nothing("torch.profiler", f"the cell's process died under the profiler ({process.cause()})")
+            result = {**measured, "serving": {**measured["serving"], "trace": died}}
+            self.events.emit("result", **result)
+        elif result is None:
             status, reason = _death(process, kills_before)
             self.events.emit("died", cell_id=job["cell_id"], status=status, reason=reason)
         if self.idle_bytes is not None:
@@ -125,10 +172,24 @@ class _Cells:
             used = _used_bytes(self.logs, until=self.idle_bytes + MEMORY_SLACK_BYTES)
             if used is not None and used > self.idle_bytes + MEMORY_SLACK_BYTES:
                 sys.stderr.write(f"{used} bytes of the GPU stay in use, {self.idle_bytes} were before the first cell\n")
+        if asked is not None and recorded and result is not None:
+            self.events.emit("result", **self._recorded(asked, job, result))
+
+    def _recorded(self, asked: Tracing, job: Mapping[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+        """A result with a recording by nsys, for which the cell runs once more, now that its own process is gone."""
+        if result["status"] not in ("ok", "verified"):
+            return result
+        from smbench.worker import nsys
+
+        trace = nsys.take(asked, self.request, job, self.logs)
+        end_descendants()
+        return {**result, "serving": {**result["serving"], "trace": trace}}
 
     def _process(self, job: Mapping[str, Any], log: Path, request_file: Path) -> CellProcess:
         if self.forked:
-            return CellProcess.fork(log, lambda say: enginecell.run(job, say, imported=True))
+            return CellProcess.fork(
+                log, lambda say: enginecell.run(job, say, imported=True, trace=_trace(self.request))
+            )
         alone = {**self.request, "alone": True, "jobs": [job]}
         request_file.write_text(json.dumps(alone), encoding="utf-8")
         return CellProcess.start(log, [sys.executable, "-m", "smbench.worker", str(request_file)])

@@ -2,7 +2,9 @@
 
 The GPU is used by a scheduler process that sglang spawns, so nothing of the model can be looked at from here: kernels
 are what sglang's own resolved settings say, with no count of layers. Written against the sources of 0.5.16 and 0.5.23;
-its GPTQ path needs a GPU. Does not own requests.
+its GPTQ path needs a GPU. A batch is handed over as one message, and its steps are seen in the stream: the low-level
+functions of sglang's bench_one_batch would put the model into this process, but have no scheduler to hand it to. Run
+by us on a CPU, bf16 and 0.5.23: static and offline batches, a trace, the server. Does not own requests.
 """
 
 from __future__ import annotations
@@ -10,11 +12,15 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
-from smbench.worker.engines import Completion, Setup, UnsupportedByEngine
+from smbench.worker.engines import BatchAnswer, Completion, ServeCommand, Setup, UnsupportedByEngine
 from smbench.worker.engines.plain import plain
+from smbench.worker.engines.streaming import Arrivals
 
 ENVIRONMENT: Mapping[str, str] = {
     "HF_HUB_OFFLINE": "1",
@@ -26,12 +32,15 @@ SETTINGS: Mapping[str, str] = {
     "linear_kernel": "kernel of quantized linear layers: default or marlin, the only one that sglang still has",
     "page_size": "tokens of a page of the KV cache; sglang decides where it is not given",
     "disable_overlap_schedule": "whether the next step is planned only after one has run",
+    "prefix_caching": "whether prompts with a prefix in common by design may be answered from a cache",
 }
 
 ATTENTION: Mapping[str, str] = {"flash-attention": "fa3", "flashinfer": "flashinfer", "triton": "triton"}
 """Value of the axis to sglang's attention_backend."""
 QUANTIZATION: Mapping[str, str] = {"marlin": "gptq_marlin"}
 """Kernel to sglang's quantization."""
+SERVED = "model"
+"""What the server calls its model."""
 GIB = 1 << 30
 FLOAT_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -50,6 +59,29 @@ def start(setup: Setup) -> Sglang:
     return Sglang(Engine(**arguments), arguments)
 
 
+def serve_command(setup: Setup, host: str, port: int) -> ServeCommand:
+    """sglang's own server, with the arguments that the engine would get here."""
+    arguments = {name: value for name, value in arguments_of(setup).items() if name != "skip_tokenizer_init"}
+    options = [part for name, value in arguments.items() for part in _option(name, value)]
+    given = ["--host", host, "--port", str(port), "--served-model-name", SERVED, "--enable-cache-report"]
+    return ServeCommand(
+        argv=(sys.executable, "-m", "sglang.launch_server", *given, *options),
+        model=SERVED,
+        version=_version(),
+        settings=plain(arguments),
+    )
+
+
+def _option(name: str, value: Any) -> list[str]:
+    """A server argument on the command line; one that is off is left out."""
+    if value is False:
+        return []
+    option = f"--{name.replace('_', '-')}"
+    if value is True:
+        return [option]
+    return [option, *map(str, value if isinstance(value, list) else [value])]
+
+
 def arguments_of(setup: Setup) -> dict[str, Any]:
     """What Engine() is called with."""
     if setup.scheduling == "v0-default":
@@ -64,15 +96,21 @@ def arguments_of(setup: Setup) -> dict[str, Any]:
         "context_length": limits.max_model_len,
         "max_running_requests": limits.max_num_seqs,
         "mem_fraction_static": limits.memory_fraction,
-        # -1 turns chunks off
-        "chunked_prefill_size": -1 if setup.scheduling == "whole" else setup.chunk_tokens,
-        "disable_radix_cache": True,
+        "disable_radix_cache": not setup.prefix_caching,
         "grammar_backend": "none",
         # its log is evidence
         "log_level": "info",
         # per-request times come with the metrics
         "enable_metrics": True,
     }
+    if setup.scheduling != "default":
+        # -1 turns chunks off
+        wanted["chunked_prefill_size"] = -1 if setup.scheduling == "whole" else setup.chunk_tokens
+    if setup.scheduling == "one-step":
+        # all prompts in one step, which is over before the next one is planned
+        wanted |= {"max_prefill_tokens": setup.chunk_tokens, "disable_overlap_schedule": True, "stream_interval": 1}
+    if setup.tensor_parallel > 1:
+        wanted["tp_size"] = setup.tensor_parallel
     if limits.kv_cache_bytes is not None:
         wanted["max_total_tokens"] = limits.kv_cache_bytes // _kv_token_bytes(setup)
     for name in ("page_size", "disable_overlap_schedule"):
@@ -82,7 +120,7 @@ def arguments_of(setup: Setup) -> dict[str, Any]:
     for name in wanted.keys() - _fields():
         raise UnsupportedByEngine(f"sglang {_version()} has no server argument {name!r}")
     page = wanted.get("page_size")
-    if page is not None and setup.scheduling == "chunked" and setup.chunk_tokens % int(page):
+    if page is not None and setup.scheduling in ("chunked", "one-step") and setup.chunk_tokens % int(page):
         raise UnsupportedByEngine(f"chunks of {setup.chunk_tokens} tokens are not whole pages of {page}")
     return wanted
 
@@ -116,6 +154,10 @@ def _graphs(setup: Setup) -> dict[str, Any]:
         return {"disable_cuda_graph": True}
     if setup.graphs == "default":
         return {}
+    if setup.workload != "generate":
+        # prompts of a batch are too many tokens for a graph
+        only = {"cuda_graph_bs_decode": [setup.batch]} if setup.workload == "static_batch" else {}
+        return {"cuda_graph_backend_decode": "full", **only}
     chunk = min(setup.chunk_tokens, setup.input_len)
     return {
         "cuda_graph_backend_decode": "full",
@@ -154,6 +196,33 @@ class Sglang:
             logprobs=_logprobs(told) if top_logprobs else None,
         )
 
+    def batch(self, prompts: Sequence[Sequence[int]], output_len: int, stepwise: bool) -> BatchAnswer:
+        """All prompts in one message; stepwise means that the stream is watched."""
+        sampling = {"temperature": 0.0, "max_new_tokens": output_len, "ignore_eos": True}
+        asked = {"input_ids": [list(prompt) for prompt in prompts], "sampling_params": sampling}
+        if not stepwise:
+            return _batch_answer(self._engine.generate(**asked))
+        arrivals = Arrivals(len(prompts))
+        last: dict[int, Mapping[str, Any]] = {}
+        for chunk in self._engine.generate(**asked, stream=True):
+            # the ids grow in place until a request is finished, the count does not
+            arrivals.saw(chunk["index"], int(chunk["meta_info"]["completion_tokens"]))
+            last[chunk["index"]] = chunk
+        return arrivals.timed(_batch_answer([last[i] for i in range(len(prompts))]))
+
+    def tracer(self, folder: Path) -> AbstractContextManager[None]:
+        """The scheduler's own profiler, which writes a file for each GPU."""
+
+        @contextmanager
+        def profiled() -> Iterator[None]:
+            self._engine.start_profile(output_dir=str(folder), activities=["CPU", "GPU"])
+            try:
+                yield
+            finally:
+                self._engine.stop_profile()
+
+        return profiled()
+
     def memory(self) -> Mapping[str, int]:
         """What the scheduler says it took, in its own rounding: two or three digits of a GiB."""
         states = self._engine.get_server_info().get("internal_states") or [{}]
@@ -188,6 +257,17 @@ def _settings(told: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str
     no_settings = ("internal_states", "launch_command", "startup_time", "version")
     resolved = plain({name: value for name, value in told.items() if name not in no_settings})
     return {**resolved, "arguments": plain(dict(arguments))}
+
+
+def _batch_answer(answers: Sequence[Mapping[str, Any]]) -> BatchAnswer:
+    told = [answer["meta_info"] for answer in answers]
+    cached = [entry.get("cached_tokens") for entry in told]
+    return BatchAnswer(
+        token_ids=[_tokens(answer) for answer in answers],
+        prompt_tokens=[int(entry["prompt_tokens"]) for entry in told],
+        finish_reasons=[_finish_reason(entry["finish_reason"]) for entry in told],
+        cached_tokens=None if any(count is None for count in cached) else sum(int(count or 0) for count in cached),
+    )
 
 
 def _tokens(answer: Mapping[str, Any]) -> list[int]:

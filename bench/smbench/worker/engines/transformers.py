@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smbench.worker.engines import Completion, Setup, UnsupportedByEngine
+from smbench.worker.engines import BatchAnswer, Completion, ServeCommand, Setup, UnsupportedByEngine
 from smbench.worker.engines.plain import plain
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ ENVIRONMENT: Mapping[str, str] = {
     # cells are forked after importing, so nothing may ask CUDA itself whether there is a GPU
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
-SETTINGS: Mapping[str, str] = {}
+SETTINGS: Mapping[str, str] = {"prefix_caching": "known for the sake of other engines: there is no such cache here"}
 
 ATTENTION = "sdpa"
 """torch's own scaled_dot_product_attention."""
@@ -51,8 +51,13 @@ def start(setup: Setup) -> Transformers:
     return Transformers(setup)
 
 
+def serve_command(setup: Setup, host: str, port: int) -> ServeCommand:
+    """There is none: transformers is the baseline that everybody can check, not a server to compare."""
+    raise UnsupportedByEngine("transformers has no OpenAI-compatible server that is compared here")
+
+
 class Transformers:
-    """Greedy decoding, one request at a time, the prompt in chunks."""
+    """Greedy decoding, the prompt of a request in chunks, the prompts of a batch in one step."""
 
     def __init__(self, setup: Setup) -> None:
         import torch
@@ -75,6 +80,7 @@ class Transformers:
 
     @property
     def _chunk_tokens(self) -> int:
+        """Most tokens of a request that one step takes; a batch takes as many at once as its cell says."""
         return self._setup.chunk_tokens if self._setup.scheduling == "chunked" else self._setup.limits.max_model_len
 
     def generate(self, prompt: Sequence[int], output_len: int, top_logprobs: int = 0) -> Completion:
@@ -112,6 +118,50 @@ class Transformers:
             logprobs=logprobs if top_logprobs else None,
         )
 
+    def batch(self, prompts: Sequence[Sequence[int]], output_len: int, stepwise: bool) -> BatchAnswer:
+        """Batches of at most max_num_seqs prompts one after the other; prompts of unlike length never share one.
+
+        Stepwise there is one batch, and its steps are timed.
+        """
+        groups = [list(range(len(prompts)))] if stepwise else _groups(prompts, self._setup.limits.max_num_seqs)
+        tokens: dict[int, list[int]] = {}
+        step_s: list[float] = []
+        for members in groups:
+            answered, step_s = self._batch([prompts[i] for i in members], output_len)
+            tokens.update(zip(members, answered, strict=True))
+        return BatchAnswer(
+            token_ids=[tokens[i] for i in range(len(prompts))],
+            prompt_tokens=[len(prompt) for prompt in prompts],
+            finish_reasons=["length"] * len(prompts),
+            cached_tokens=0,
+            prefill_s=step_s[0] if stepwise else None,
+            step_s=step_s[1:] if stepwise else (),
+            step_clock="engine-step" if stepwise else "none",
+        )
+
+    def _batch(self, prompts: Sequence[Sequence[int]], output_len: int) -> tuple[list[list[int]], list[float]]:
+        """Tokens of each of some prompts of one length, and seconds of each step, the prompts' own first."""
+        import torch
+        from transformers import DynamicCache
+
+        step_s: list[float] = []
+        steps: list[list[int]] = []
+        began = time.perf_counter()
+        cache = DynamicCache(config=self._model.config)
+        with torch.inference_mode():
+            ids = torch.tensor(prompts, device=self._device)
+            while len(steps) < output_len:
+                ids = self._step(ids, cache).argmax(dim=-1, keepdim=True)
+                # on a GPU this waits for the step
+                steps.append(ids[:, 0].tolist())
+                now = time.perf_counter()
+                step_s.append(now - began)
+                began = now
+        return [list(row) for row in zip(*steps, strict=True)], step_s
+
+    def tracer(self, folder: Path) -> None:
+        """Nothing of its own: everything is computed in this process."""
+
     def memory(self) -> Mapping[str, int]:
         """Weights, and the most that was in use."""
         import torch
@@ -126,7 +176,7 @@ class Transformers:
         """Nothing was started."""
 
     def _step(self, ids: Tensor, cache: Any) -> Tensor:
-        """Logits [1, vocabulary] after the last of `ids` [1, n], whose keys and values go into the cache."""
+        """Logits [b, vocabulary] after the last of `ids` [b, n], whose keys and values go into the cache."""
         out = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits: Tensor = out.logits[:, -1]
         return logits
@@ -189,6 +239,17 @@ def kernels_of(model: Any) -> Mapping[str, Mapping[str, int]]:
         "attention": {attention: int(model.config.num_hidden_layers)},
         "head": {f"torch {type(head).__name__}": 1},
     }
+
+
+def _groups(prompts: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+    """Places of prompts that make a batch: of one length, at most so many, in their order."""
+    found: dict[int, list[list[int]]] = {}
+    for i, prompt in enumerate(prompts):
+        of_length = found.setdefault(len(prompt), [[]])
+        if len(of_length[-1]) == most:
+            of_length.append([])
+        of_length[-1].append(i)
+    return [group for groups in found.values() for group in groups]
 
 
 def _weights(folder: Path, quantization: Mapping[str, Any] | None, dtype: Any) -> Iterator[tuple[str, Tensor]]:

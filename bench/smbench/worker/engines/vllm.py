@@ -1,5 +1,8 @@
 """vLLM in this very process, from 0.26 on, on GPU and CPU. Owns how a cell is said in vLLM's words, and its answers.
 
+Where GPUs share layers, vLLM's own worker processes compute and its core still steps in this one. The server is
+`vllm.entrypoints.openai.api_server` of 0.32.0.
+
 An argument exists where this version's EngineArgs has the field; what it has not is `unsupported`, never guessed. The
 kernels are read from the loaded model itself; what vLLM's log claims is held against that. Does not own requests.
 """
@@ -8,21 +11,23 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import logging
 import os
 import re
 import resource
+import sys
 import typing
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from smbench.worker.engines import Completion, Setup, UnsupportedByEngine
+from smbench.worker.engines import BatchAnswer, Completion, ServeCommand, Setup, UnsupportedByEngine, vllm_batch
 from smbench.worker.engines.plain import plain
+from smbench.worker.engines.vllm_kernels import SAID, kernels_of, look, with_log
 
-if TYPE_CHECKING:
-    from torch import nn
+__all__ = ["ENVIRONMENT", "SETTINGS", "kernels_of", "preload", "serve_command", "start"]
 
 ENVIRONMENT: Mapping[str, str] = {
     "HF_HUB_OFFLINE": "1",
@@ -39,6 +44,7 @@ SETTINGS: Mapping[str, str] = {
     "linear_kernel": "kernel of quantized linear layers: default, or a value of vLLM's linear_backend",
     "async_scheduling": "whether the next step is planned while one runs; vLLM decides where it is not given",
     "block_size": "tokens of a block of the KV cache; vLLM decides where it is not given",
+    "prefix_caching": "whether prompts with a prefix in common by design may be answered from a cache",
 }
 
 ATTENTION: Mapping[str, str] = {
@@ -67,9 +73,10 @@ DECLINED = re.compile(
 """How vLLM says, when it starts, that it does not offer what it was asked."""
 
 LONGEST_REASON = 500
-
-SAID = re.compile(r"Using (\w+Kernel) for |Using (?:AttentionBackendEnum\.)?(\w+) (?:attention )?backend")
-"""Log lines that name what was selected: (linear kernel, attention backend)."""
+SERVED = "model"
+"""What the server calls its model."""
+NOT_OF_A_SERVER = ("skip_tokenizer_init", "disable_log_stats")
+"""Arguments that a server decides itself: text comes in, and its log says how it fares."""
 
 
 def preload() -> None:
@@ -97,6 +104,29 @@ def start(setup: Setup) -> Vllm:
     return Vllm(setup, llm, arguments, said)
 
 
+def serve_command(setup: Setup, host: str, port: int) -> ServeCommand:
+    """vLLM's own server, with the arguments that the engine would get here."""
+    arguments = {name: value for name, value in arguments_of(setup).items() if name not in NOT_OF_A_SERVER}
+    options = [part for name, value in arguments.items() for part in _option(name, value)]
+    given = ["--host", host, "--port", str(port), "--served-model-name", SERVED, "--enable-prompt-tokens-details"]
+    return ServeCommand(
+        argv=(sys.executable, "-m", "vllm.entrypoints.openai.api_server", *given, *options),
+        model=SERVED,
+        version=_version(),
+        settings=plain(arguments),
+        # as vLLM runs it: the core in a process of its own, beside the one that answers HTTP
+        environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+    )
+
+
+def _option(name: str, value: Any) -> list[str]:
+    """An engine argument on the server's command line."""
+    option = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [option if value else f"--no-{option[2:]}"]
+    return [option, json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
 def arguments_of(setup: Setup) -> dict[str, Any]:
     """What LLM() is called with."""
     if setup.scheduling == "v0-default":
@@ -110,14 +140,21 @@ def arguments_of(setup: Setup) -> dict[str, Any]:
         "seed": setup.seed,
         "max_model_len": limits.max_model_len,
         "max_num_seqs": limits.max_num_seqs,
-        # without chunks vLLM insists that the longest prompt fits into one step
-        "max_num_batched_tokens": max(setup.chunk_tokens, limits.max_model_len) if whole else setup.chunk_tokens,
-        "enable_chunked_prefill": not whole,
-        "enable_prefix_caching": False,
+        "enable_prefix_caching": setup.prefix_caching,
         "gpu_memory_utilization": limits.memory_fraction,
         # per-request times come with the statistics
         "disable_log_stats": False,
     }
+    if setup.scheduling != "default":
+        # without chunks vLLM insists that the longest prompt fits into one step, and always that all sequences do
+        least = limits.max_model_len if whole else limits.max_num_seqs if setup.scheduling == "one-step" else 0
+        wanted["max_num_batched_tokens"] = max(setup.chunk_tokens, least)
+        wanted["enable_chunked_prefill"] = not whole
+    if setup.scheduling == "one-step":
+        # a step then has ended when step() returns
+        wanted["async_scheduling"] = False
+    if setup.tensor_parallel > 1:
+        wanted["tensor_parallel_size"] = setup.tensor_parallel
     if limits.kv_cache_bytes is not None:
         wanted["kv_cache_memory_bytes"] = limits.kv_cache_bytes
     for name in ("async_scheduling", "block_size"):
@@ -166,14 +203,19 @@ def _graphs(setup: Setup) -> dict[str, Any]:
         return {"enforce_eager": True}
     if setup.device == "cpu":
         raise UnsupportedByEngine("there are no CUDA graphs on a CPU")
-    sizes = _steps(setup)
+    if setup.workload != "generate":
+        # a graph of all prompts of a batch would be as large as the memory that it saves time in
+        sizes = {"cudagraph_capture_sizes": [setup.batch], "max_cudagraph_capture_size": setup.batch}
+        only = sizes if setup.workload == "static_batch" else {}
+        return {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", **only}}
+    steps = _steps(setup)
     return {
         "compilation_config": {
             # CompilationMode.NONE
             "mode": 0,
             "cudagraph_mode": "FULL",
-            "cudagraph_capture_sizes": sizes,
-            "max_cudagraph_capture_size": sizes[-1],
+            "cudagraph_capture_sizes": steps,
+            "max_cudagraph_capture_size": steps[-1],
         }
     }
 
@@ -195,9 +237,10 @@ class Vllm:
         self._setup = setup
         self._llm = llm
         self.version = _version()
-        model = self._model()
-        self.kernels = kernels_of(model, said)
-        self._weights_bytes = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+        # of several processes that share layers, each has a part of all of them
+        seen, *_ = looked = llm.apply_model(look)
+        self.kernels = with_log(seen[0], said)
+        self._weights_bytes = sum(weights_bytes for _, weights_bytes in looked)
         self.settings = self._resolved(arguments, said)
 
     def generate(self, prompt: Sequence[int], output_len: int, top_logprobs: int = 0) -> Completion:
@@ -225,6 +268,17 @@ class Vllm:
             logprobs=_logprobs(choice.logprobs) if top_logprobs else None,
         )
 
+    def batch(self, prompts: Sequence[Sequence[int]], output_len: int, stepwise: bool) -> BatchAnswer:
+        """All prompts at once; stepwise by the engine's own synchronous step, each of which must serve all of them."""
+        return (vllm_batch.steps if stepwise else vllm_batch.at_once)(self._llm, prompts, output_len)
+
+    def tracer(self, folder: Path) -> None:
+        """Nothing of its own: the engine computes in this process."""
+        if self._setup.tensor_parallel > 1:
+            raise UnsupportedByEngine(
+                "with several GPUs vLLM computes in other processes: trace it with tensor_parallel 1"
+            )
+
     def memory(self) -> Mapping[str, int]:
         """Weights, KV cache as vLLM planned it, and the most that was in use."""
         cache = self._llm.llm_engine.vllm_config.cache_config
@@ -242,11 +296,6 @@ class Vllm:
 
     def close(self) -> None:
         """The process ends, and with it an engine that lives in it."""
-
-    def _model(self) -> nn.Module:
-        found: list[nn.Module] = []
-        self._llm.apply_model(found.append)
-        return found[0]
 
     def _resolved(self, arguments: Mapping[str, Any], said: Sequence[str]) -> dict[str, Any]:
         import torch
@@ -282,37 +331,6 @@ class Vllm:
             yield
         finally:
             torch.compiler.set_stance("default")
-
-
-def kernels_of(model: nn.Module, said: Sequence[str] = ()) -> dict[str, dict[str, int]]:
-    """What runs each layer, from the loaded model: role, name, number of layers.
-
-    A linear layer runs its method's kernel, or the method itself where that has none, as for layers that are not
-    quantized. A name that the log has and the model has not appears with no layer: then one of the two is wrong.
-    """
-    found: dict[str, Counter[str]] = {"linear": Counter(), "attention": Counter(), "head": Counter()}
-    for module in model.modules():
-        method = getattr(module, "quant_method", None)
-        names = {base.__name__ for base in type(module).__mro__}
-        if "LinearBase" in names and method is not None:
-            found["linear"][_kernel_name(method)] += 1
-        elif "ParallelLMHead" in names and method is not None:
-            found["head"][_kernel_name(method)] += 1
-        backend = getattr(module, "attn_backend", None)
-        if isinstance(backend, type) and hasattr(backend, "get_name"):
-            version = getattr(getattr(module, "impl", None), "vllm_flash_attn_version", None)
-            found["attention"][f"{backend.get_name()}{'' if version is None else f' {version}'}"] += 1
-    for line in said:
-        if match := SAID.search(line):
-            role, name = ("linear", match[1]) if match[1] else ("attention", match[2])
-            if not any(known.split()[0] == name for known in found[role]):
-                found[role][name] = 0
-    return {role: dict(counts) for role, counts in found.items() if counts}
-
-
-def _kernel_name(method: Any) -> str:
-    kernel = getattr(method, "kernel", None)
-    return type(method if kernel is None else kernel).__name__
 
 
 def _logprobs(rows: Any) -> list[dict[int, float]] | None:

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 from smbench.analysis import Analysis
 from smbench.cell import Cell
-from smbench.document_gptq_cells import Cells
 from smbench.guards import leaves_of
 from smbench.guards_engine import ALIKE, alike
 from smbench.result import Result, Serving
-from smbench.views import slug
+from smbench.views import View, slug
 
 SYNTHETIC = "synthetic:"
 """How the names of models with random weights begin."""
@@ -103,11 +102,11 @@ class Cost:
 class Engines:
     """What the engines of a run said."""
 
-    cells: Cells
+    view: View
 
     @property
     def _analysis(self) -> Analysis:
-        return self.cells.view.analysis
+        return self.view.analysis
 
     def _served(self, provider: str | None = None) -> list[tuple[Result, Serving]]:
         return [
@@ -146,7 +145,7 @@ class Engines:
     def engines(self) -> list[Engine]:
         """Every provider that served anything, in the order of the profile."""
         found = []
-        for provider in self.cells.view.providers:
+        for provider in self.view.providers:
             served = [serving for _, serving in self._served(provider)]
             if served:
                 words = [alike(serving.settings) for serving in served]
@@ -180,15 +179,19 @@ class Engines:
                     found.append(Differing(engine, name, {value: list(names) for value, names in values.items()}))
         return found
 
-    def records(self) -> dict[str, bytes]:
-        """`settings_<provider>.json` for each provider that served; `result.txt`, the document's log of requests."""
-        files = {}
-        for provider in self.cells.view.providers:
-            if served := self._served(provider):
-                files[f"settings_{slug(provider)}.json"] = _settings_file(provider, served)
+    def settings_files(self) -> dict[str, bytes]:
+        """`settings_<provider>.json` for each provider that served."""
+        return {
+            f"settings_{slug(provider)}.json": _settings_file(provider, served)
+            for provider in self.view.providers
+            if (served := self._served(provider))
+        }
+
+    def request_log(self) -> dict[str, bytes]:
+        """`result.txt`, document 002's log of requests."""
         warmup = self._analysis.profile.measure[0].warmup
         log = [line for result, serving in self._served() for line in _log(result, serving, warmup)]
-        return {**files, **({"result.txt": ("\n".join(log) + "\n").encode()} if log else {})}
+        return {"result.txt": ("\n".join(log) + "\n").encode()} if log else {}
 
     def cost(self) -> Cost | None:
         """Where time and money went; None before a session has ended."""
@@ -208,7 +211,7 @@ class Engines:
             wall_s,
             sum(_serving_s(serving) for _, serving in self._served()),
             [Part(name, seconds, seconds / wall_s if wall_s else None) for name, seconds in parts],
-            [spent for provider in self.cells.view.providers if (spent := self._spent(provider))],
+            [spent for provider in self.view.providers if (spent := self._spent(provider))],
             sum(session.wall_s / 3600 * (session.price_per_hour or 0.0) for session in priced) if priced else None,
             list(dict.fromkeys(session.price_per_hour or 0.0 for session in priced)),
         )
@@ -256,7 +259,9 @@ def _log(result: Result, serving: Serving, warmup: int) -> list[str]:
 
 
 def _serving_s(serving: Serving) -> float:
-    return sum(request.e2e_s for request in serving.requests)
+    """How long an engine was asked to serve: requests and batches one after the other, or a load."""
+    each = [*(request.e2e_s for request in serving.requests), *(batch.e2e_s for batch in serving.batches)]
+    return sum(each) + (serving.load.duration_s if serving.load else 0.0)
 
 
 def _kernels(served: Sequence[Serving], role: str) -> list[str]:
