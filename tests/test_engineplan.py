@@ -145,6 +145,47 @@ def test_sglang_needs_chunks_of_whole_pages() -> None:
     assert fault("sglang", settings={"page_size": 64}, chunk_tokens=128) == ""
 
 
+def test_sglang_needs_whole_pages_of_a_static_batch_and_chooses_chunks_itself_otherwise() -> None:
+    axes = {
+        "model": "m",
+        "dtype": "bfloat16",
+        "input_len": 100,
+        "output_len": 4,
+        "tensor_parallel": 1,
+        "graphs": "default",
+    }
+    row = gptq().providers["vllm-cpu"].model_copy(update={"engine": "sglang", "settings": {"page_size": 64}})
+    found = {}
+    for subject, more in (("static_batch", {"batch": 2}), ("offline", {"dataset": "random", "num_prompts": 2})):
+        cell = Cell(kind="engine", subject=subject, provider="any", axes={**axes, **more}, seed=0)
+        found[subject] = list(enginerules.faults("sglang", "cuda", LIMITS, row, cell, quantized=False))
+    assert found["offline"] == []
+    assert found["static_batch"] == ["sglang needs chunked_prefill_size (200) to be a multiple of page_size (64)"]
+
+
+def test_an_engine_without_a_server_or_a_second_gpu_says_so() -> None:
+    axes = {
+        "model": "m",
+        "dtype": "bfloat16",
+        "input_len": 100,
+        "output_len": 4,
+        "tensor_parallel": 2,
+        "graphs": "eager",
+    }
+    row = gptq().providers["vllm-cpu"].model_copy(update={"settings": {}})
+    load = {"dataset": "random", "num_prompts": 2, "request_rate": "inf", "max_concurrency": 0}
+    online = Cell(kind="engine", subject="online", provider="any", axes={**axes, **load}, seed=0)
+    assert list(enginerules.faults("transformers", "cpu", LIMITS, row, online, quantized=False)) == [
+        "transformers here does generate, static_batch, offline, not online: it has no OpenAI-compatible server "
+        "that is compared here"
+    ]
+    static = Cell(kind="engine", subject="static_batch", provider="any", axes={**axes, "batch": 2}, seed=0)
+    assert list(enginerules.faults("vllm", "cpu", LIMITS, row, static, quantized=False)) == [
+        "vllm shares no layers between devices of kind cpu here, so tensor_parallel is 1"
+    ]
+    assert fault("trtllm") == "trtllm takes no GPTQ weights: give it a model that is not quantized"
+
+
 def test_sglang_would_shorten_a_request_at_the_context_limit_and_says_nothing() -> None:
     assert "sglang would silently shorten the output" in fault("sglang", input_len=512, output_len=511)
     assert fault("sglang", input_len=512, output_len=510) == ""

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +16,7 @@ import pytest
 
 from smbench.worker import benchserve, byhand, loadclient, loadresult, sentprompts, serverfacts
 from smbench.worker.engines import ServeCommand
-from smbench.worker.loadclient import Progress
+from smbench.worker.loadclient import Progress, Turns
 from smbench.worker.loadresult import NotALoad
 from smbench.worker.prompts import prompt
 from smbench.worker.wordtokenizer import LEAST, Words, column, files
@@ -258,6 +262,29 @@ def test_kernels_and_cache_are_read_from_a_servers_log(tmp_path: Path) -> None:
     facts = {"settings": {"quantization": "gptq_marlin", "attention_backend": "fa3"}}
     assert serverfacts.kernels(log, facts) == {"linear": {"gptq_marlin": 0}, "attention": {"fa3": 0}}
     assert serverfacts.memory(log) == {"kv_cache_tokens": 4096}
+
+
+def test_a_process_that_waits_for_the_processor_is_told_from_one_that_sleeps() -> None:
+    """Two that compute on one core wait for each other; one that sleeps waits for nobody."""
+    core = min(os.sched_getaffinity(0))
+    pin = f"import os, time; os.sched_setaffinity(0, {{{core}}})\n"
+    programs = [pin + "while True: pass"] * 2 + [pin + "time.sleep(60)"]
+    running = [subprocess.Popen([sys.executable, "-c", program]) for program in programs]
+    try:
+        time.sleep(0.3)
+        before = [Turns.of(process.pid) for process in running]
+        time.sleep(0.5)
+        spent = [Turns.of(process.pid) for process in running]
+        if None in before + spent:
+            pytest.skip("this kernel keeps no account of turns")
+        busy, _, asleep = (now.since(then) for now, then in zip(spent, before, strict=True) if now and then)
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    assert busy.ran_s > 0.02 and busy.waited_s > 0.1
+    assert asleep.waited_s < 0.1
+    assert Turns.of(running[0].pid) is None
 
 
 def test_a_client_without_vllm_is_told_from_one_that_died(tmp_path: Path) -> None:

@@ -20,24 +20,14 @@ from typing import Any, get_args
 from pydantic import BaseModel
 
 from smbench import __version__, memorysnapshot, recipe, report, reproduce, runfolder
+from smbench import result as schema
 from smbench.archive import CHUNK, Writer, unsafe
 from smbench.bag import bundle_name, info_of, manifest_of, tag_files
 from smbench.cell import Cell
 from smbench.errors import CorruptError, UsageError
 from smbench.identity import environment_id
 from smbench.redaction import Personal, Redactor
-from smbench.result import (
-    Check,
-    Environment,
-    Measurement,
-    Memory,
-    OutputError,
-    Result,
-    Selection,
-    Session,
-    Status,
-    Work,
-)
+from smbench.result import Record, Status
 from smbench.runfolder import Run
 from smbench.sources import KERNELS, kernel_files, kernels_sha256, renderer_id
 from smbench.verify import verify
@@ -59,7 +49,8 @@ _SCHEMA_WORDS: tuple[str, ...] = (
 )
 _MODELS: tuple[type[BaseModel], ...] = (
     *(recipe.Recipe, recipe.Profile, recipe.Grid, recipe.MeasureRow, recipe.ProviderRow, recipe.Estimate),
-    *(Cell, Result, Environment, Session, Measurement, Check, OutputError, Memory, Selection, Work),
+    Cell,
+    *(kind for kind in vars(schema).values() if isinstance(kind, type) and issubclass(kind, Record)),
     *(runfolder.RunFile, runfolder.PlanFile),
 )
 

@@ -18,7 +18,6 @@ from smbench.models import Model
 from smbench.recipe import EngineLimits, Recipe
 from smbench.workloads import measures_of, work_of
 
-
 SHAREGPT = "SHAREGPT=FILE (smbench: --sharegpt FILE)"
 """How the file of dataset `sharegpt` is named."""
 

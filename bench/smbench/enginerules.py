@@ -161,7 +161,9 @@ def _vllm(limits: EngineLimits, provider: ProviderRow, cell: Cell) -> Iterator[s
 
 def _sglang(limits: EngineLimits, provider: ProviderRow, cell: Cell) -> Iterator[str]:
     chunk, page = _step_tokens(limits, cell), int(provider.settings.get("page_size", 1))
-    if cell.axes.get("scheduling", "chunked") == "chunked" and chunk % page and cell.subject != "online":
+    # where the engine schedules as it likes, it also chooses its chunks
+    chosen = cell.axes.get("scheduling") == "chunked" or cell.subject == "static_batch"
+    if chosen and chunk % page:
         yield f"sglang needs chunked_prefill_size ({chunk}) to be a multiple of page_size ({page})"
     prompt, output = int(cell.axes["input_len"]), int(cell.axes["output_len"])
     if prompt + output > limits.max_model_len - SGLANG_RESERVED_TOKENS:

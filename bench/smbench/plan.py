@@ -179,8 +179,8 @@ def _missing(cell: Cell, recipe: Recipe, profile: Profile, here: Here, job: Engi
     if job is not None and profile.device == "cuda" and gpus_of(cell.axes) > here.gpus:
         cards = "1 GPU" if here.gpus == 1 else f"{here.gpus} GPUs"
         yield (
-            f"tensor_parallel = {gpus_of(cell.axes)} needs as many GPUs, and this machine has {cards}; the same command on "
-            "one that has them completes this folder"
+            f"tensor_parallel = {gpus_of(cell.axes)} needs as many GPUs, and this machine has {cards}; the same "
+            "command on one that has them completes this folder"
         )
     if cell.axes.get("dataset") == "sharegpt" and job is not None and job.request["sharegpt"] is None:
         yield f"dataset sharegpt is your own file, and nothing is downloaded: give it with {engineplan.SHAREGPT}"

@@ -242,13 +242,9 @@ class Recipe(Table):
         for provider in profile.providers:
             if self.providers[provider].engine is None:
                 raise ValueError(f"providers.{provider}.engine: this key is missing; kind 'engine' needs it")
-        if profile.engine.reference is not None:
-            _require(
-                profile.engine.reference,
-                dict.fromkeys(profile.providers),
-                f"{at}.engine.reference",
-                "provider of the profile",
-            )
+        if (reference := profile.engine.reference) is not None:
+            providers = dict.fromkeys(profile.providers)
+            _require(reference, providers, f"{at}.engine.reference", "provider of the profile")
         workloads = dict.fromkeys(workload for grid in profile.grid for workload in grid.ops)
         measures = dict.fromkeys(name for workload in workloads for name in MEASURES[workload])
         for measure in profile.measure:

@@ -155,6 +155,7 @@ def test_the_server_tells_what_it_is(run: tuple[list[Result], Path]) -> None:
     assert facts["version"]["version"] == serving.version
     assert facts["max_model_len"] == 512
     assert facts["probes"] == [{"prompt_tokens": INPUT, "completion_tokens": OUTPUT, "cached_tokens": 0}] * 2
+    assert facts["load_client"]["ran_s"] > 0
     assert serving.kernels["linear"] == {"CPUWNA16LinearKernel": 0}
     assert serving.memory["kv_cache_tokens"] > 0
     assert str(Path.home()) not in json.dumps(serving.settings)

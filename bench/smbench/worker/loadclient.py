@@ -20,6 +20,7 @@ from typing import Any, Literal
 import smbench
 from smbench.worker import loopback, warden
 from smbench.worker.cellprocess import tail
+from smbench.worker.processes import descendants
 from smbench.worker.server import Server
 
 PERCENTILES = "50,90,95,99"
@@ -52,6 +53,31 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
+class Turns:
+    """A process and the processor, by the account of Linux's scheduler (/proc/PID/schedstat).
+
+    A client that is ready to run and has to wait sees tokens late, and several at once.
+    """
+
+    ran_s: float
+    waited_s: float
+    """Ready to run, while something else ran."""
+
+    @classmethod
+    def of(cls, pid: int) -> Turns | None:
+        """As of now, for the main thread; None for a process that is gone, or where the kernel keeps no account."""
+        try:
+            ran, waited, _ = Path(f"/proc/{pid}/schedstat").read_text(encoding="ascii").split()
+        except (OSError, ValueError):
+            return None
+        return cls(int(ran) / 1e9, int(waited) / 1e9)
+
+    def since(self, before: Turns) -> Turns:
+        """What was added."""
+        return Turns(self.ran_s - before.ran_s, self.waited_s - before.waited_s)
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """How a client's run went."""
 
@@ -62,6 +88,8 @@ class Run:
     """Requests that it said were answered, or had failed, before it ended or the server died."""
     file: Path | None
     """Its own result, where it wrote one."""
+    turns: Turns | None = None
+    """What the client had of the processor while the load ran; None where Linux does not say."""
 
 
 def command(python: Path, load: Load, server: Server, folder: Path) -> list[str]:
@@ -137,13 +165,13 @@ def run(
         )
     progress = Progress(log, len(load.prompts))
     try:
-        ending, done = _watch(process, server, progress, silent_s, beat)
+        ending, done, turns = _watch(process, server, progress, silent_s, beat)
     finally:
         if process.poll() is None:
             process.terminate()
         process.wait()
     result = folder / "result.json"
-    return Run(ending, process.returncode, done, result if result.is_file() else None)
+    return Run(ending, process.returncode, done, result if result.is_file() else None, turns)
 
 
 class Progress:
@@ -185,30 +213,38 @@ def _watch(
     progress: Progress,
     silent_s: float,
     beat: Callable[[], None],
-) -> tuple[Ending, int]:
-    """Wait for the client's end; how it came about, and how many requests were done until then."""
+) -> tuple[Ending, int, Turns | None]:
+    """Wait for the client's end; how it came about, how many requests were done until then, and its turns."""
     heard = time.monotonic()
     died: float | None = None
     done = 0
+    client: int | None = None
+    first: Turns | None = None
+    last: Turns | None = None
     while process.poll() is None:
         now = time.monotonic()
         before = progress.done
         if progress.look() != before:
             heard = now
             beat()
+        if progress.done is not None:
+            # the warden's first child; looked for once, since that reads all of /proc
+            client = client or next(iter(descendants(process.pid)), None)
+            turns = Turns.of(client) if client else None
+            first, last = first or turns, turns or last
         if died is None:
             # what a client is refused once nobody answers is not done
             done = progress.done or 0
             died = None if server.alive else now
         if died is not None and now > died + AFTER_SERVER_S:
-            return "server died", done
+            return "server died", done, None
         if died is None and now > heard + silent_s:
-            return "silent", done
+            return "silent", done, None
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(POLL_S)
-    if server.alive:
-        return "ended", progress.look() or 0
-    return "server died", done
+    if not server.alive:
+        return "server died", done, None
+    return "ended", progress.look() or 0, last.since(first) if first and last else None
 
 
 def is_missing(log: Path) -> bool:

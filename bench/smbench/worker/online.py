@@ -62,6 +62,7 @@ class _Outcome:
     status: str
     reason: str
     load: dict[str, Any] | None = None
+    turns: loadclient.Turns | None = None
 
 
 class _Cells:
@@ -206,6 +207,8 @@ class _Cell:
             began = time.monotonic()
             outcome = self._load(server, sent)
             window = sampler.window(began, time.monotonic())
+        if outcome.turns is not None:
+            facts["load_client"] = dataclasses.asdict(outcome.turns)
         result = {**self._serving(server, facts, sent, outcome.load), "telemetry": window}
         if outcome.status != "ok" or outcome.load is None:
             return {**result, "status": outcome.status, "reason": outcome.reason}
@@ -273,7 +276,7 @@ class _Cell:
             )
         if answers is None or found is None:
             return _Outcome("crashed", f"{fault}: … {last_words(self._cells.client_log(self._job))}")
-        return self._judged(answers, found, sent)
+        return dataclasses.replace(self._judged(answers, found, sent), turns=run.turns)
 
     def _answers(self, run: loadclient.Run, count: int) -> tuple[loadresult.Answers | None, str]:
         """What the client's file says; the fault where it has none, or none that can be believed."""
