@@ -172,6 +172,14 @@ def test_every_kernel_that_can_be_tuned_says_its_default(name: str) -> None:
         assert op.tuning().default is not None, f"op {name}: images could not ship it compiled"
 
 
+def test_an_operation_that_names_no_kernels_does_not_stop_the_others() -> None:
+    """A layer is made of many kernels, of which it chooses by itself."""
+    points = the_list("sm90")["points"]
+    request = {**the_list("sm90"), "points": {name: points[name][:1] for name in ("hstu_layer", "bgmv_shrink")}}
+    assert find_op("hstu_layer").tunable is None
+    assert {one.op for one in wanted(request)} == {"bgmv_shrink"}
+
+
 def test_mistakes_of_the_caller_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UsageError, match="unknown arch 'sm12'; known: sm80"):
         the_list("sm12")

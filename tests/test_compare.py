@@ -108,6 +108,7 @@ def test_ratio_and_interval_of_known_samples() -> None:
     (row,) = against(side([(cell(), {"cold": timing(times(1))})]), side([(cell(), {"cold": timing(times(2))})])).rows
     assert (row.verdict, row.basis) == ("slower", "samples")
     assert row.ratio == pytest.approx(2.0)
+    assert row.ci_low is not None and row.ci_high is not None
     assert 1.97 < row.ci_low < row.ratio < row.ci_high < 2.03
     assert [row.a, row.b] == pytest.approx([1e-6, 2e-6])
     assert (row.samples_a, row.samples_b) == (7, 7)
@@ -123,6 +124,8 @@ def test_the_other_way_round_is_the_inverse_verdict(a: list[float], b: list[floa
     one, two = side([(cell(), {"cold": timing(a)})]), side([(cell(), {"cold": timing(b)})])
     (forth,), (back,) = against(one, two).rows, against(two, one).rows
     assert forth.ratio == pytest.approx(1 / back.ratio)
+    assert forth.ci_low is not None and forth.ci_high is not None
+    assert back.ci_low is not None and back.ci_high is not None
     assert forth.ci_low <= forth.ratio <= forth.ci_high
     # the two directions draw other resamples, so an interval that ends on the tolerance may fall on either side
     if abs(forth.ci_low - 1 / back.ci_high) < 1e-9 and abs(forth.ci_high - 1 / back.ci_low) < 1e-9:

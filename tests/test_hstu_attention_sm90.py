@@ -21,6 +21,7 @@ LENGTHS = (0, 1, 63, 64, 65, 127, 128, 129, 257, 500)
 TARGETS = (0, 0, 10, 30, 0, 64, 70, 3, 100, 90)
 CONTEXTUALS = (0, 1, 5, 0, 65, 10, 3, 100, 2, 140)
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
+FEW_TOKENS, FEW_TOKENS_FACTOR = 8, 3
 
 DEFAULT = hstu_attention_sm90.DEFAULT
 CONFIGS = {
@@ -191,10 +192,15 @@ def poisoned(like: torch.Tensor) -> torch.Tensor:
 
 
 def check(found: torch.Tensor, expected: torch.Tensor, batch: Jagged) -> None:
-    """Sequence by sequence: a short one's error would drown in a long one's norm."""
+    """Sequence by sequence: a short one's error would drown in a long one's norm.
+
+    A gradient of one token is a product or two whose roundings nothing averages: of 4000 that were rounded where the
+    kernel rounds, for two heads of one token, one in a hundred is above the bound for many, the worst 2.2 times it.
+    """
     for sequence in batch.sequences():
         part, truth = found[sequence.rows].double(), expected[sequence.rows]
-        assert (part - truth).norm() <= TOLERANCE[found.dtype] * truth.norm()
+        bound = TOLERANCE[found.dtype] * (FEW_TOKENS_FACTOR if sequence.length < FEW_TOKENS else 1)
+        assert (part - truth).norm() <= bound * truth.norm()
 
 
 @pytest.mark.gpu

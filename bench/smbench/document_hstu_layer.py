@@ -262,7 +262,7 @@ class HstuLayer:
         return row.result.memory if usable and row and row.result else None
 
     def telling(self) -> Axes | None:
-        """The point whose memory is shown by variant: the document's length, else the longest of those with most variants."""
+        """The point whose memory is shown by variant: the document's length, else the longest with most variants."""
         points = sorted(self.weighed(1), key=lambda point: int(point["seq_len"]), reverse=True)
         documents = [point for point in points if point["seq_len"] == DOCUMENT_LENGTH]
         most = sorted(points, key=lambda point: -sum(bool(self.memory(provider, point)) for provider in self.variants))

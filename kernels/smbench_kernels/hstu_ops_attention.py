@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from smbench_kernels import hstu
+from smbench_kernels import hstu, hstu_attention, hstu_attention_triton
+from smbench_kernels import hstu_attention_configs as configurations
 from smbench_kernels import hstu_definition as definition
 from smbench_kernels.hstu import Jagged
-from smbench_kernels.op import Inputs, Op, Point, Prepared, UnsupportedPoint
+from smbench_kernels.op import Config, Inputs, Op, Point, Prepared, UnsupportedPoint
 
 FORWARD = Op(
     name="hstu_attention_forward",
@@ -35,6 +38,7 @@ FORWARD = Op(
     },
     baseline="meta-triton",
     redraw=definition.redraw,
+    tunable="smbench_kernels.hstu_attention_tuning:FORWARD",
 )
 
 BACKWARD = Op(
@@ -56,20 +60,33 @@ BACKWARD = Op(
     baseline="meta-triton",
     redraw=definition.redraw,
     outputs=("dq", "dk", "dv"),
+    tunable="smbench_kernels.hstu_attention_tuning:BACKWARD",
 )
 
-PORTABLE = "smbench_kernels.hstu_attention"
 HOPPER = "smbench_kernels.hstu_attention_sm90"
 
 
 def portable_forward(point: Point, inputs: Inputs) -> Prepared:
     """Provider `smbench`: our Triton kernel, on any arch."""
-    return _forward(point, inputs, importlib.import_module(PORTABLE).portable_forward)
+    _require_half(point)
+    config = configurations.default_forward(hstu_attention.capability(inputs["uvqk"].device), int(point["head_dim"]))
+    return _forward(point, inputs, partial(hstu_attention.portable_forward, config=config), config)
 
 
 def portable_backward(point: Point, inputs: Inputs) -> Prepared:
     """Provider `smbench`: our Triton kernels, on any arch."""
-    return _backward(point, inputs, importlib.import_module(PORTABLE).portable_backward)
+    _require_half(point)
+    shape, batch = definition.Sizes.of(point).shape, definition.batch_of(point, inputs)
+    problem = hstu_attention_triton.Problem(batch, shape.heads, shape.head_dim, shape.alpha)
+    fits = hstu_attention_triton.turn(problem, inputs["uvqk"].element_size()) > 0
+    capability = hstu_attention.capability(inputs["uvqk"].device)
+    config = configurations.default_backward(capability, shape.head_dim, fits)
+    return _backward(point, inputs, partial(hstu_attention.portable_backward, config=config), config)
+
+
+def _require_half(point: Point) -> None:
+    if definition.Sizes.of(point).dtype not in hstu_attention.DTYPES:
+        raise UnsupportedPoint(f"our kernels take bfloat16 and float16, not {point['dtype']}")
 
 
 def hopper_forward(point: Point, inputs: Inputs) -> Prepared:
@@ -92,17 +109,21 @@ def _hopper(point: Point, inputs: Inputs) -> Any:
     return module
 
 
-def _forward(point: Point, inputs: Inputs, call: Callable[..., torch.Tensor]) -> Prepared:
+def _forward(
+    point: Point, inputs: Inputs, call: Callable[..., torch.Tensor], config: Config = MappingProxyType({})
+) -> Prepared:
     q, k, v = definition.split(point, inputs["uvqk"])
     batch, alpha, y = definition.batch_of(point, inputs), definition.Sizes.of(point).shape.alpha, inputs["y"]
 
     def run() -> None:
         call(q, k, v, batch, alpha, out=y)
 
-    return Prepared(run, {}, "default")
+    return Prepared(run, config, "default")
 
 
-def _backward(point: Point, inputs: Inputs, call: Callable[..., object]) -> Prepared:
+def _backward(
+    point: Point, inputs: Inputs, call: Callable[..., object], config: Config = MappingProxyType({})
+) -> Prepared:
     q, k, v = definition.split(point, inputs["uvqk"])
     batch, alpha = definition.batch_of(point, inputs), definition.Sizes.of(point).shape.alpha
     gradients = {name: inputs[name] for name in ("dq", "dk", "dv")}
@@ -110,7 +131,7 @@ def _backward(point: Point, inputs: Inputs, call: Callable[..., object]) -> Prep
     def run() -> None:
         call(inputs["dout"], q, k, v, batch, alpha, **gradients)
 
-    return Prepared(run, {}, "default")
+    return Prepared(run, config, "default")
 
 
 def torch_forward(point: Point, inputs: Inputs) -> Prepared:

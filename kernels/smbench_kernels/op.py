@@ -107,9 +107,9 @@ class Prepared:
     passes: Passes | None = None
     """The call in two halves, for an operation that has `pass_work`."""
     capturable: bool = True
-    """Whether a CUDA graph can hold `run`. Not one that replays graphs of its own or decides on the host at each call."""
+    """Whether a CUDA graph can hold `run`: not one that replays graphs of its own or decides on the host each time."""
     counts: Callable[[], Mapping[str, int]] = dict
-    """What calls have moved and met since the provider was bound, by its own names, e.g. bytes brought from the host."""
+    """What calls have moved and met since the provider was bound, by its own names, e.g. bytes from the host."""
 
 
 class Provider(Protocol):

@@ -6,6 +6,7 @@ through a replayed graph, after it.
 
 from __future__ import annotations
 
+import gc
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ from smbench_kernels.registry import op as find_op
 
 CHECK_SEED = 7919
 """Added to a cell's seed for the inputs of the second round."""
+MUCH_MEMORY = 0.25
+"""Part of a device's memory beyond which what earlier cells left is looked for."""
 COLD_WINDOW_S = 150e-6
 """A cold graph holds as many calls as fill about this time, so that the flush does not dominate the wall clock."""
 SET_BYTES = 4 << 30
@@ -75,6 +78,7 @@ class OpRunner:
         self._log = log
         self._native = native
         self._on_gpu = device.type == "cuda"
+        self._much_bytes = MUCH_MEMORY * torch.cuda.mem_get_info(device)[1] if self._on_gpu else 0.0
         self.stream = torch.cuda.Stream(device) if self._on_gpu else None
         self._flush = Flush(device) if self._on_gpu and any(spec.l2 == "cold" for spec in specs) else None
         self._data: _Data | None = None
@@ -129,6 +133,7 @@ class OpRunner:
         if self._data and result["status"] in ("incorrect", "crashed"):
             # what a provider did to buffers, integers included, is not for the next one to suffer from
             self._data.sets.clear()
+        self._give_memory_back()
         result["compilations"] = self.compilations.count - compiled_before
         phases["compile"] = self.compilations.seconds - compile_before_s
         phases["total"] = time.perf_counter() - began
@@ -305,6 +310,15 @@ class OpRunner:
         else:
             with torch.cuda.stream(self.stream):
                 yield
+
+    def _give_memory_back(self) -> None:
+        """Free what a cell left in reference cycles, once that is much: graphs keep all memory that was used in them.
+
+        Not after every cell: a collection takes longer than many a cell.
+        """
+        if self._on_gpu and torch.cuda.memory_reserved(self._device) > self._much_bytes:
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def _find_out_if_broken(self) -> None:
         """A fault such as an illegal address stays with the process: nothing after it would be worth reporting."""
