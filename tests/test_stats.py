@@ -26,7 +26,8 @@ def test_no_outlier_is_dropped() -> None:
 
 
 def test_a_single_sample_is_its_own_interval() -> None:
-    assert summarize([[3e-6]]) == [Summary(n=1, median=3e-6, ci_low=3e-6, ci_high=3e-6, mean=3e-6, p10=3e-6, p90=3e-6)]
+    (summary,) = summarize([[3e-6]])
+    assert summary == Summary(n=1, median=3e-6, ci_low=3e-6, ci_high=3e-6, mean=3e-6, p10=3e-6, p90=3e-6, p99=3e-6)
 
 
 def test_equal_samples_have_an_interval_without_width() -> None:

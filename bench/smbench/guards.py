@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-from smbench import guards_engine, guards_image, guards_load
+from smbench import guards_engine, guards_hstu, guards_image, guards_load
 from smbench.arch import Device
 from smbench.findings import Evidence, Finding, clocks_hz, timed, work_of
 from smbench.result import Environment, Measurement, Result
@@ -244,6 +244,8 @@ GUARDS: Mapping[str, Callable[[Evidence], Iterator[Finding]]] = {
     "load_clocks": guards_load.load_clocks,
     "little": guards_load.little,
     "rates": guards_load.rates,
+    "sensitivity": guards_hstu.sensitivity,
+    "kv_accounting": guards_hstu.kv_accounting,
     "roofline": roofline,
     "selection": selection,
     "settings": guards_engine.settings,
@@ -268,8 +270,10 @@ BY_WORKLOAD: Mapping[str, tuple[str, ...]] = {
     "load_clocks": ("online",),
     "little": ("online",),
     "rates": ("online",),
+    "sensitivity": (guards_hstu.BLOCK,),
+    "kv_accounting": guards_hstu.SUBJECTS,
 }
-"""Guards that look at some workloads of engines only."""
+"""Guards that look at some operations, or workloads of engines, only."""
 
 
 def names(kind: str, subjects: Collection[str] = ()) -> list[str]:

@@ -31,6 +31,7 @@ from smbench.views import Plot, View
 DOCUMENTS: Mapping[str, str] = {
     "frameworks.md.j2": "smbench.document_frameworks:Frameworks",
     "gptq.md.j2": "smbench.document_gptq:Gptq",
+    "hstu-inference.md.j2": "smbench.document_hstu_inference:HstuInference",
     "hstu-layer.md.j2": "smbench.document_hstu_layer:HstuLayer",
     "lora.md.j2": "smbench.document_lora:Lora",
     "paged-attention.md.j2": "smbench.document_paged:Paged",

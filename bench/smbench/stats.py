@@ -33,6 +33,7 @@ class Summary:
     mean: float
     p10: float
     p90: float
+    p99: float
 
     @property
     def spread(self) -> float:
@@ -111,7 +112,7 @@ def _summarize(sample_sets: Sequence[Sequence[float]]) -> Iterator[Summary]:
     rows = np.arange(len(sample_sets))
     ranks = np.asarray([interval_rank(int(n)) for n in counts])
     low, high = table[rows, ranks - 1], table[rows, counts - ranks]
-    p10, median, p90 = (_quantile(table, rows, counts, fraction) for fraction in (0.1, 0.5, 0.9))
+    p10, median, p90, p99 = (_quantile(table, rows, counts, fraction) for fraction in (0.1, 0.5, 0.9, 0.99))
     for row in range(len(sample_sets)):
         yield Summary(
             int(counts[row]),
@@ -121,6 +122,7 @@ def _summarize(sample_sets: Sequence[Sequence[float]]) -> Iterator[Summary]:
             float(means[row]),
             float(p10[row]),
             float(p90[row]),
+            float(p99[row]),
         )
 
 

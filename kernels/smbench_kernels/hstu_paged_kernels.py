@@ -4,6 +4,10 @@
 over the pages of the history. Its rows see history tokens up to a limit: the row's own position, or for a candidate all
 of them. Tiles that every row sees whole need no mask. What a candidate sees of itself is one element, outside of the
 product of tiles: a row's own q . k, and its own v. SiLU as in `hstu_attention_tiles`.
+
+Few rows against a long history leave most of a card without a program. There is no softmax, so a history can be cut
+into SPLITS ranges of tiles without any rescaling: each program sums one range in float32, and `combine` adds the ranges
+in order, so that equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -88,6 +92,7 @@ def attend(
     v_head: tl.tensor,
     out_row: tl.tensor,
     out_head: tl.tensor,
+    split_stride: tl.tensor,
     page_stride: tl.tensor,
     half_stride: tl.tensor,
     token_stride: tl.tensor,
@@ -99,8 +104,9 @@ def attend(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
 ) -> None:
-    """out = P v for ROWS rows of one head of one sequence."""
+    """out = P v for ROWS rows of one head of one sequence; with SPLITS above 1 over one range of the history."""
     sequence = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
     begin = tl.load(offsets_ptr + sequence)
@@ -123,7 +129,18 @@ def attend(
     keys = cache_ptr + head * head_stride
     values = keys + half_stride
     acc = tl.zeros([ROWS, BLOCK_D], dtype=tl.float32)
-    if first + ROWS > new:
+    start = 0
+    own = first + ROWS > new
+    if SPLITS > 1:
+        split = tl.program_id(2)
+        out_ptr += split.to(tl.int64) * split_stride
+        own = own & (split == SPLITS - 1)
+        # empty for a history with fewer tiles than ranges: its sums are zero, and `combine` reads them
+        each = tl.cdiv(stop, SPLITS)
+        start = tl.minimum(split * each, stop)
+        stop = tl.minimum(start + each, stop)
+        full = tl.minimum(tl.maximum(full, start), stop)
+    if own:
         # before the loop, where registers are free
         candidate = (row >= new) & (row < length)
         own_k = own_rows(k_ptr + head * k_head, begin + row, candidate, k_row, HEAD_DIM, BLOCK_D)
@@ -131,7 +148,7 @@ def attend(
         own_v = own_rows(v_ptr + head * v_head, begin + row, candidate, v_row, HEAD_DIM, BLOCK_D)
         acc = (h * tanh(h, FAST) + h)[:, None] * own_v.to(tl.float32)
     for MASKED in tl.static_range(2):
-        for tile in tl.range(full if MASKED else 0, stop if MASKED else full, num_stages=1 if MASKED else STAGES):
+        for tile in tl.range(full if MASKED else start, stop if MASKED else full, num_stages=1 if MASKED else STAGES):
             token = tile * COLUMNS
             k_tile = history_rows(
                 keys, page_ids, token, total, page_stride, token_stride, COLUMNS, HEAD_DIM, BLOCK_D, PAGE_SIZE, MASKED
@@ -149,6 +166,34 @@ def attend(
     places = out_ptr + (begin + row).to(tl.int64)[:, None] * out_row + head * out_head + column[None, :]
     inside = (row < length)[:, None] & (column < HEAD_DIM)[None, :]
     tl.store(places, (acc * scale).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@jit()
+def combine(
+    sums_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    split_stride: tl.tensor,
+    out_row: tl.tensor,
+    out_head: tl.tensor,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+) -> None:
+    """out = the sum over SPLITS of sums [SPLITS, rows, HEADS * HEAD_DIM], for as many rows as `rows_ptr` says."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (row < tl.load(rows_ptr))[:, None] & (element < HEADS * HEAD_DIM)[None, :]
+    places = sums_ptr + row.to(tl.int64)[:, None] * (HEADS * HEAD_DIM) + element[None, :]
+    acc = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    for _ in range(SPLITS):
+        acc += tl.load(places, mask=inside, other=0.0)
+        places += split_stride
+    targets = out_ptr + row.to(tl.int64)[:, None] * out_row
+    targets += (element // HEAD_DIM * out_head + element % HEAD_DIM)[None, :]
+    tl.store(targets, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @jit()

@@ -26,9 +26,6 @@ from smbench_kernels.kv_store import Sizes as CacheSizes
 from smbench_kernels.launch import ceil_div
 from smbench_kernels.op import Inputs, Op, Point, Prepared, UnsupportedPoint
 
-SPARE = 2
-"""The host's store has room for this many times the chunks that the users of a request have."""
-
 
 @dataclass(frozen=True, slots=True)
 class _Model:
@@ -83,7 +80,7 @@ class _Served:
         if sizes.source == "host":
             if not sizes.cached or sizes.cached % chunk:
                 raise UnsupportedPoint(f"{sizes.cached} cached tokens are no whole chunks of {chunk}")
-            chunks = SPARE * sizes.batch * ceil_div(sizes.total, chunk)
+            chunks = sizes.batch * ceil_div(sizes.total, chunk)
             store = PinnedStore(cache, chunks, chunk, pinned=device.type == "cuda")
         # exactly what the users need: with source `host` others have it, and are evicted
         self.cache = KVCache(cache, sizes.batch * sizes.pages, device, store, overlap)
@@ -107,6 +104,9 @@ class _Served:
         cache.drain()
         if sizes.source == "host":
             cache.pool.fill_(torch.nan)
+            if cache.pool.is_cuda:
+                # copies of a request run on a stream that does not wait for this one
+                torch.cuda.current_stream(cache.device).synchronize()
         # counts are those of requests
         cache.counts.clear()
         cache.counts.update(counted)

@@ -82,6 +82,9 @@ class KVCache:
         self._cuda = device.type == "cuda"
         self._in = torch.cuda.Stream(device) if self._cuda else None
         self._out = torch.cuda.Stream(device) if self._cuda else None
+        if self._in is not None:
+            # the pool is zeroed before anything is copied into it
+            self._in.wait_stream(torch.cuda.current_stream(device))
         self._transfers: list[_Transfer] = []
         # the last copy of a user's chunks to the host: whoever reads them waits for it
         self._stored: dict[int, torch.cuda.Event] = {}
@@ -205,12 +208,12 @@ class KVCache:
         """Copy leased chunks into their pages, layer by layer."""
         if not loads:
             return
-        placed = [(lease, pages[: self._pages_of(lease)]) for lease, pages in loads]
-        leases = [lease for lease, _ in placed]
+        leases = [lease for lease, _ in loads]
         self.counts["onloaded_users"] += len(leases)
         self.counts["onloaded_bytes"] += sum(chunk.nbytes for lease in leases for chunk in lease.chunks)
         if self._in is None:
             began = time.perf_counter_ns()
+            placed = self._places(loads)
             for layer in range(self.sizes.layers):
                 self._copy_in(layer, placed)
             self.counts["onload_ns"] += time.perf_counter_ns() - began
@@ -224,6 +227,7 @@ class KVCache:
         begun = torch.cuda.Event(enable_timing=True)
         begun.record(self._in)
         with torch.cuda.stream(self._in):
+            placed = self._places(loads)
             for layer in range(self.sizes.layers):
                 self._copy_in(layer, placed)
                 event = torch.cuda.Event(enable_timing=layer + 1 == self.sizes.layers)
@@ -234,11 +238,20 @@ class KVCache:
             torch.cuda.current_stream(self.device).wait_event(events[-1])
         self._transfers.append(_Transfer(events[-1], lambda: self._give_back(leases), "onload_ns", begun))
 
-    def _copy_in(self, layer: int, placed: Sequence[tuple[Lease, Pages]]) -> None:
+    def _places(self, loads: Sequence[tuple[Lease, Pages]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Every chunk with the ids of its pages, which are the same in all layers; on the current stream."""
+        return [
+            (chunk, ids)
+            for lease, pages in loads
+            for chunk, ids in zip(
+                lease.chunks, self._ids(pages[: self._pages_of(lease)]).split(chunk_pages(lease)), strict=True
+            )
+        ]
+
+    def _copy_in(self, layer: int, placed: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Enqueue the copies of one layer's chunks into their pages."""
-        for lease, pages in placed:
-            for chunk, part in zip(lease.chunks, self._ids(pages).split(chunk_pages(lease)), strict=True):
-                self.pool[layer].index_copy_(0, part, chunk[layer].to(self.device, non_blocking=True))
+        for chunk, ids in placed:
+            self.pool[layer].index_copy_(0, ids, chunk[layer].to(self.device, non_blocking=True))
 
     def _chunks_to_store(self, step: Step) -> list[tuple[Lease, Pages]]:
         """Room on the host for each user's whole chunks that are not stored yet, and the pages that go there."""

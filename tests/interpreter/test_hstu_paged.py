@@ -110,6 +110,29 @@ def test_head_sizes_and_types(head_dim: int, dtype: torch.dtype, generator: torc
     check([(37, 9, 5), (3, 20, 2)], generator, heads=3, head_dim=head_dim, dtype=dtype, config=WIDE)
 
 
+@pytest.mark.parametrize("splits", [2, 5])
+@pytest.mark.parametrize("case", CASES)
+def test_histories_cut_into_ranges(case: str, splits: int, generator: torch.Generator) -> None:
+    """With more ranges than tiles too, and masked tiles in several of them."""
+    check(CASES[case], generator, config={**SMALL, "SPLITS": splits})
+
+
+def test_ranges_add_up_alike_every_time(generator: torch.Generator) -> None:
+    batch = batch_of([(150, 4, 30)], 8, generator)
+    q, k, v = (torch.randn((34, 1, 16), generator=generator).half() for _ in range(3))
+    cache = torch.randn((23, 2, 8, 1, 16), generator=generator).half()
+    found = [paged.attend(q, k, v, cache, batch, 0.25, config={**SMALL, "SPLITS": 3}) for _ in range(2)]
+    assert torch.equal(*found)
+
+
+def test_ranges_fill_a_card_that_few_rows_leave_idle() -> None:
+    assert paged.default_splits(24, 132) == 5
+    assert paged.default_splits(192, 132) == 2
+    # two waves and more
+    assert paged.default_splits(264, 132) == paged.default_splits(2176, 132) == 1
+    assert 1 < paged.default_splits(1, 132) <= paged.MOST_SPLITS
+
+
 def test_what_is_cached_is_attended_to(generator: torch.Generator) -> None:
     """The fault of the published benchmark: a kernel that takes the history for as long as what is new."""
     batch = batch_of([(40, 4, 3)], 8, generator)
