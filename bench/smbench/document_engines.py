@@ -13,11 +13,23 @@ from smbench.analysis import Analysis
 from smbench.cell import Cell
 from smbench.guards import leaves_of
 from smbench.guards_engine import ALIKE, alike
-from smbench.result import Result, Serving
+from smbench.result import Result, Serving, Status
+from smbench.statements import Grouped
 from smbench.views import View, slug
 
 SYNTHETIC = "synthetic:"
 """How the names of models with random weights begin."""
+
+
+@dataclass(frozen=True, slots=True)
+class Untested:
+    """Cells of one provider without a number, that ended alike."""
+
+    provider: str
+    status: Status
+    where: str
+    """What they have of the axes that vary in the run; their workload, where there are several."""
+    reason: Grouped
 
 
 @dataclass(frozen=True, slots=True)

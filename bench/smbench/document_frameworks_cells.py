@@ -9,6 +9,7 @@ from functools import cached_property
 
 from smbench.analysis import Row
 from smbench.cell import AxisValue
+from smbench.document_engines import Untested
 from smbench.result import UNTESTED, Batch, Load, Serving, Status
 from smbench.statements import Grouped, grouped, shape
 from smbench.views import Axes, View
@@ -58,17 +59,6 @@ class Group:
     def measured(self) -> bool:
         """Whether any cell has a number."""
         return any(row.summaries for row in self.rows)
-
-
-@dataclass(frozen=True, slots=True)
-class Untested:
-    """Cells of one provider without a number, that ended alike."""
-
-    provider: str
-    status: Status
-    where: str
-    """Their workload, and what they have of the axes that vary in the run."""
-    reason: Grouped
 
 
 @dataclass(frozen=True)

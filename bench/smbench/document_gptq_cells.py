@@ -8,6 +8,7 @@ from functools import cached_property
 
 from smbench.analysis import Row
 from smbench.cell import AxisValue
+from smbench.document_engines import Untested
 from smbench.result import UNTESTED, Measurement, Status
 from smbench.statements import Grouped, shape
 from smbench.views import Axes, View
@@ -61,17 +62,6 @@ class Sweep:
     def input_len(self) -> int:
         """Prompt tokens of a request."""
         return int(self.setting["input_len"])
-
-
-@dataclass(frozen=True, slots=True)
-class Untested:
-    """Cells of one provider without a number, that ended alike."""
-
-    provider: str
-    status: Status
-    where: str
-    """What the cells have of the axes that vary in the run."""
-    reason: Grouped
 
 
 @dataclass(frozen=True)

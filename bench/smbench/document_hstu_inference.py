@@ -14,11 +14,11 @@ from functools import cached_property
 
 from smbench.analysis import Row
 from smbench.cell import AxisValue
-from smbench.document_hstu_inference_block import Block, Range, integer
+from smbench.document_hstu_inference_block import Block, integer
 from smbench.document_hstu_inference_published import MODEL, VARIANTS, Edition, Others
 from smbench.document_hstu_inference_transfers import Transfers
 from smbench.published import Published
-from smbench.stats import Summary
+from smbench.stats import Range, Summary
 from smbench.views import Axes, Plot, View, slug
 
 REQUEST = "hstu_request"

@@ -6,35 +6,20 @@ Pure values from a View. Owns no words.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from smbench.analysis import Row
 from smbench.cell import AxisValue
 from smbench.document_hstu_inference_published import MODEL
-from smbench.stats import Summary
+from smbench.stats import Range, Summary
 from smbench.views import Axes, View
 
 BLOCK = "hstu_block"
 WITHOUT = "recompute"
 CLAIM = (2048, 1920)
 """Tokens of history and how many of them are cached in the document's statement on the block."""
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """The least and the greatest of some ratios."""
-
-    low: float
-    high: float
-    count: int
-
-    @classmethod
-    def of(cls, ratios: Iterable[float | None]) -> Range | None:
-        """Of those that exist; None where none does."""
-        known = [ratio for ratio in ratios if ratio is not None]
-        return cls(min(known), max(known), len(known)) if known else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,7 +17,7 @@ from smbench.document_hstu_layer_attention import Attention
 from smbench.published import Published
 from smbench.recipe import MeasureRow
 from smbench.result import Memory
-from smbench.stats import Summary
+from smbench.stats import Range, Summary
 from smbench.views import Axes, Plot, View, slug
 
 LAYER = "hstu_layer"
@@ -71,21 +71,6 @@ MEANINGS: Mapping[str, Meaning] = {
     ),
     "fused-none": Meaning("our fused kernels", "our fastest on the card", "all but the attention"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """The least and the greatest of some ratios."""
-
-    low: float
-    high: float
-    count: int
-
-    @classmethod
-    def of(cls, ratios: Iterable[float | None]) -> Range | None:
-        """Of those that exist; None where none does."""
-        known = [ratio for ratio in ratios if ratio is not None]
-        return cls(min(known), max(known), len(known)) if known else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,6 +19,21 @@ NORMAL_FROM = 2000
 """From so many samples on the binomial's quantile is taken from its normal limit: it is a rank off at most."""
 BATCH_ELEMENTS = 1 << 21
 """Most samples in one table, fill included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The least and the greatest of some ratios."""
+
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, ratios: Iterable[float | None]) -> Range | None:
+        """Of those that exist; None where none does."""
+        known = [ratio for ratio in ratios if ratio is not None]
+        return cls(min(known), max(known), len(known)) if known else None
 
 
 @dataclass(frozen=True, slots=True)
