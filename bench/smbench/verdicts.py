@@ -29,6 +29,8 @@ SCATTER_FACTOR = 2.0
 """Standard deviations of single samples that a difference between two runs must exceed."""
 NOISE_FACTOR = 3.0
 """Standard deviations of the noise between runs that a difference must exceed."""
+LOADS = frozenset({"online"})
+"""Workloads whose samples are the requests of one load: they differ because the load does, not because of noise."""
 SHIFT_SHARE = 0.8
 """So large a share of cells with one verdict, slower or faster, is reported as a shift."""
 SHIFT_CELLS = 8
@@ -174,12 +176,12 @@ def rows_of(pairs: Sequence[Pair], noise: Mapping[str, Noise], margin: float) ->
         runs = len(pair.a.runs), len(pair.b.runs)
         sd = noise[pair.measurement].sd or 0.0
         floor = max(
-            SCATTER_FACTOR * math.hypot(ratios.scatter(pair.a.runs), ratios.scatter(pair.b.runs)),
+            SCATTER_FACTOR * _scatter(pair),
             NOISE_FACTOR * sd * math.sqrt(1 / runs[0] + 1 / runs[1]),
         )
         low, high = float(found.low[i]), float(found.high[i])
         verdict, tolerance = judge(float(found.ratio[i]), low, high, floor, margin)
-        judgeable = pair.a.judgeable and pair.b.judgeable
+        judgeable = all(side.judgeable and not _single(pair, side) for side in (pair.a, pair.b))
         rows.append(
             Row(
                 pair.cell,
@@ -198,6 +200,21 @@ def rows_of(pairs: Sequence[Pair], noise: Mapping[str, Noise], margin: float) ->
             )
         )
     return rows
+
+
+def _scatter(pair: Pair) -> float:
+    """Standard deviation of a log ratio if every run counted as one of its samples.
+
+    Repeats of a load say better how far its numbers move than its requests do, which no run draws at random.
+    """
+    if pair.cell.subject in LOADS and len(pair.a.runs) > 1 and len(pair.b.runs) > 1:
+        return 0.0
+    return math.hypot(ratios.scatter(pair.a.runs), ratios.scatter(pair.b.runs))
+
+
+def _single(pair: Pair, side: Timing) -> bool:
+    """Whether a side is one number of one load, such as its duration: nothing says how far it would move."""
+    return pair.cell.subject in LOADS and sum(map(len, side.runs)) == 1
 
 
 def judge(ratio: float, low: float, high: float, floor: float, margin: float) -> tuple[Verdict, float]:
