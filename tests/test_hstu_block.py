@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_steps_over_a_cache_equal_whole_sequences(chunks: int, seed: int) -> Non
                 ]
             )
             batch = host_batch(step, targets).batch(SIZES.page_size, len(x), LONGEST, CPU)
-            y = block(x, batch, cache.pool, lambda layer, step=step: cache.wait(step, layer))  # type: ignore[misc]
+            y = block(x, batch, cache.pool, partial(cache.wait, step))
             cache.finish(step)
             for index, (user, total) in enumerate(zip(users, totals, strict=True)):
                 whole = at_once(block, torch.cat([histories[user][:total], wanted[index]]), targets)
