@@ -195,6 +195,8 @@ def split_uvqk(uvqk: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Te
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Jagged, float], torch.Tensor]
 """What computes y [T, H, D] from q, k, v [T, H, D], a batch and alpha."""
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""The same, of a batch and an alpha that it knows."""
 
 
 def layer_reference(
@@ -212,10 +214,23 @@ def layer_reference(
     -> * dropout [tokens, H * D] (a mask that already holds 1 / (1 - p), or None) -> @ out_weight -> + x. `attention`
     stands for `attention_reference`, with the same arguments.
     """
+    attend = attention or attention_reference
+    return layer_around(x, params, shape, lambda q, k, v: attend(q, k, v, batch, shape.alpha), eps, dropout)
+
+
+def layer_around(
+    x: torch.Tensor,
+    params: Mapping[str, torch.Tensor],
+    shape: Shape,
+    attend: Attend,
+    eps: float = EPS,
+    dropout: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`layer_reference` with everything about its attention in one function of q, k and v."""
     normed = F.layer_norm(x, (shape.embedding,), params["norm_weight"], params["norm_bias"], eps)
     uvqk = F.silu(normed @ params["uvqk_weight"] + params["uvqk_bias"])
     u, v, q, k = split_uvqk(uvqk, shape)
-    attended = (attention or attention_reference)(q, k, v, batch, shape.alpha).flatten(1)
+    attended = attend(q, k, v).flatten(1)
     gated = F.layer_norm(attended, (shape.width,), params["out_norm_weight"], params["out_norm_bias"], eps) * u
     if dropout is not None:
         gated = gated * dropout

@@ -10,12 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from smbench_kernels import hstu_linear as linear
 from smbench_kernels import hstu_norm as norm
 from smbench_kernels import hstu_paged_attention as paged
-from smbench_kernels.hstu import EPS, Shape, split_uvqk
+from smbench_kernels.hstu import EPS, Attend, Shape, layer_around
 from smbench_kernels.hstu_paged import PagedBatch, append_reference, paged_attention_reference
 
 Parameters = Mapping[str, torch.Tensor]
@@ -45,11 +44,14 @@ class Block:
 
         Rows of no sequence are computed from whatever they hold, and reach no other row.
         """
-        compute = _kernels if x.device.type == "cuda" else _torch
-        return compute(x, self.layers[index], batch, self.shape, cache)
+        params = self.layers[index]
+        if x.device.type == "cuda":
+            return layer_by_kernels(x, params, self.shape, _over_pages(cache, batch, self.shape.alpha))
+        return layer_around(x, params, self.shape, _over_pages_torch(cache, batch, self.shape.alpha))
 
 
-def _kernels(x: torch.Tensor, params: Parameters, batch: PagedBatch, shape: Shape, cache: torch.Tensor) -> torch.Tensor:
+def layer_by_kernels(x: torch.Tensor, params: Parameters, shape: Shape, attend: Attend) -> torch.Tensor:
+    """`hstu.layer_around` by our kernels, without dropout, keeping nothing for a backward pass."""
     width, heads = shape.width, (shape.heads, shape.head_dim)
     weight, bias = params["uvqk_weight"], params["uvqk_bias"]
     normed, _ = norm.forward(x, params["norm_weight"], params["norm_bias"], EPS)
@@ -57,19 +59,25 @@ def _kernels(x: torch.Tensor, params: Parameters, batch: PagedBatch, shape: Shap
     u = linear.biased(normed, weight[:, :width], bias[:width])
     _, vqk = linear.activated(normed, weight[:, width:], bias[width:], keep_pre=False)
     v, q, k = (part.unflatten(1, heads) for part in vqk.split(width, dim=1))
-    paged.append(cache, k, v, batch)
-    attended = paged.attend(q, k, v, cache, batch, shape.alpha)
-    gated, _ = norm.gate(attended.flatten(1), u, params["out_norm_weight"], params["out_norm_bias"], EPS, None)
+    attended = attend(q, k, v).flatten(1)
+    gated, _ = norm.gate(attended, u, params["out_norm_weight"], params["out_norm_bias"], EPS, None)
     return linear.added(gated, params["out_weight"], x)
 
 
-def _torch(x: torch.Tensor, params: Parameters, batch: PagedBatch, shape: Shape, cache: torch.Tensor) -> torch.Tensor:
-    normed = F.layer_norm(x, (shape.embedding,), params["norm_weight"], params["norm_bias"], EPS)
-    u, v, q, k = split_uvqk(F.silu(normed @ params["uvqk_weight"] + params["uvqk_bias"]), shape)
-    append_reference(cache, k, v, batch)
-    attended = paged_attention_reference(q, k, v, cache, batch, shape.alpha).flatten(1)
-    gated = F.layer_norm(attended, (shape.width,), params["out_norm_weight"], params["out_norm_bias"], EPS) * u
-    return gated @ params["out_weight"] + x
+def _over_pages(cache: torch.Tensor, batch: PagedBatch, alpha: float) -> Attend:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        paged.append(cache, k, v, batch)
+        return paged.attend(q, k, v, cache, batch, alpha)
+
+    return attend
+
+
+def _over_pages_torch(cache: torch.Tensor, batch: PagedBatch, alpha: float) -> Attend:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        append_reference(cache, k, v, batch)
+        return paged_attention_reference(q, k, v, cache, batch, alpha)
+
+    return attend
 
 
 def widened(block: Block, dtype: torch.dtype) -> Block:
@@ -82,5 +90,5 @@ def block_reference(block: Block, x: torch.Tensor, batch: PagedBatch, pool: torc
     exact = widened(block, torch.float64)
     y = x.double()
     for index, params in enumerate(exact.layers):
-        y = _torch(y, params, batch, block.shape, pool[index])
+        y = layer_around(y, params, block.shape, _over_pages_torch(pool[index], batch, block.shape.alpha))
     return y

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from smbench_kernels import hstu, hstu_attention, hstu_linear, hstu_norm
+from smbench_kernels import hstu, hstu_attention
 from smbench_kernels import hstu_block_definition as definition
-from smbench_kernels.hstu_block import Block
+from smbench_kernels.hstu_block import Block, layer_by_kernels
 from smbench_kernels.hstu_block_definition import Sizes
 from smbench_kernels.hstu_definition import PARAMETERS
 from smbench_kernels.hstu_graphs import Captured, Graphs, HostBatch, PaddedShape
@@ -65,26 +65,11 @@ def whole_histories(counted: Counter[str], sizes: Sizes) -> None:
 
 def over_whole(block: Block, x: torch.Tensor, batch: hstu.Jagged, sizes: Sizes) -> torch.Tensor:
     """A block without a cache: x [tokens, E] of whole sequences."""
-    layer = _whole_layer if x.device.type == "cuda" else _whole_layer_torch
+    layer = layer_by_kernels if x.device.type == "cuda" else hstu.layer_around
+    forward = hstu_attention.forward if x.device.type == "cuda" else hstu.attention_reference
     for params in block.layers:
-        x = layer(x, params, batch, sizes)
+        x = layer(x, params, sizes.shape, lambda q, k, v: forward(q, k, v, batch, sizes.shape.alpha))
     return x
-
-
-def _whole_layer(x: torch.Tensor, params: Inputs, batch: hstu.Jagged, sizes: Sizes) -> torch.Tensor:
-    width, heads = sizes.shape.width, (sizes.shape.heads, sizes.shape.head_dim)
-    weight, bias = params["uvqk_weight"], params["uvqk_bias"]
-    normed, _ = hstu_norm.forward(x, params["norm_weight"], params["norm_bias"], hstu.EPS)
-    u = hstu_linear.biased(normed, weight[:, :width], bias[:width])
-    _, vqk = hstu_linear.activated(normed, weight[:, width:], bias[width:], keep_pre=False)
-    v, q, k = (part.unflatten(1, heads) for part in vqk.split(width, dim=1))
-    attended = hstu_attention.forward(q, k, v, batch, sizes.shape.alpha).flatten(1)
-    gated, _ = hstu_norm.gate(attended, u, params["out_norm_weight"], params["out_norm_bias"], hstu.EPS, None)
-    return hstu_linear.added(gated, params["out_weight"], x)
-
-
-def _whole_layer_torch(x: torch.Tensor, params: Inputs, batch: hstu.Jagged, sizes: Sizes) -> torch.Tensor:
-    return hstu.layer_reference(x, params, batch, sizes.shape)
 
 
 @dataclass(slots=True)

@@ -6,5 +6,16 @@ import os
 
 import pytest
 
+from smbench_kernels import nvrtc
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     raise pytest.UsageError("TRITON_INTERPRET=1 compiles nothing: run `pytest tests/compile` alone, without it")
+
+
+@pytest.fixture(scope="session")
+def compiler() -> None:
+    """Skips without libnvrtc, which CUDA builds of PyTorch bring along and CI installs."""
+    try:
+        nvrtc._nvrtc()
+    except OSError as error:
+        pytest.skip(f"no NVRTC: {error}")

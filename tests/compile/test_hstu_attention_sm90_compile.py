@@ -32,15 +32,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def compiler() -> None:
-    """Skips without libnvrtc, which only CUDA builds of PyTorch bring along."""
-    try:
-        nvrtc._nvrtc()
-    except OSError as error:
-        pytest.skip(f"no NVRTC: {error}")
-
-
 def assembled(name: str, stream: Stream, dtype: torch.dtype, keeps: bool, folder: Path) -> str:
     """What cuobjdump says of a kernel."""
     cubin = folder / "kernel.cubin"

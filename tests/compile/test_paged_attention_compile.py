@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 import subprocess
 import tempfile
@@ -42,15 +41,6 @@ POINTS = [
     point_of(16, 2, head_dim=256),
     point_of(40, 2, head_dim=80, address="contiguous", layout="document", seq_len=4096),
 ]
-
-
-@pytest.fixture(scope="module")
-def compiler() -> None:
-    """Skips without libnvrtc, which only CUDA builds of PyTorch bring along."""
-    try:
-        nvrtc._nvrtc()
-    except OSError as error:
-        pytest.skip(f"no NVRTC: {error}")
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -113,12 +103,8 @@ def test_the_classic_kernel_loads_as_the_original_did(block_size: int, width: st
     assert any("LDG.E.128" in line for line in loads) == (block_size >= 8)
 
 
+@pytest.mark.usefixtures("compiler")
 def test_a_broken_source_says_why() -> None:
-    try:
-        library = nvrtc._nvrtc()
-    except OSError as error:
-        pytest.skip(f"no NVRTC: {error}")
-    assert isinstance(library, ctypes.CDLL)
     with pytest.raises(nvrtc.CompileError, match="no_such_thing"):
         nvrtc.compile_source("__global__ void kernel() { no_such_thing(); }", {}, 80)
 

@@ -8,7 +8,9 @@ import sys
 import pytest
 import torch
 
+from smbench_kernels import hstu
 from smbench_kernels import hstu_paged_attention as paged
+from smbench_kernels.hstu_block import layer_by_kernels
 from smbench_kernels.hstu_paged import PagedBatch, append_reference, paged_attention_reference
 from smbench_kernels.op import Config
 
@@ -143,3 +145,27 @@ def test_what_is_cached_is_attended_to(generator: torch.Generator) -> None:
     cache[int(batch.page_ids[0]), 1] += 1
     after = paged.attend(q, k, v, cache, batch, 0.25, config=SMALL)
     assert (after != before).flatten(1).any(dim=1).all(), "a row did not follow the first page"
+
+
+def test_a_layer_by_kernels_is_the_layer(generator: torch.Generator) -> None:
+    """The very calls that a card makes, on a processor: everything around the attention, and the attention."""
+    shape = hstu.Shape(embedding=32, heads=2, head_dim=16)
+    batch = batch_of([(20, 9, 5), (0, 7, 3)], 8, generator)
+    rows = int(batch.offsets[-1])
+    params = hstu.parameters(shape, 3, torch.device("cpu"), torch.float16)
+    x = torch.randn((rows, shape.embedding), generator=generator).half()
+    cache = torch.randn((int(batch.page_offsets[-1]) + 3, 2, 8, 2, 16), generator=generator).half()
+    truth = cache.double()
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        paged.append(cache, k, v, batch)
+        return paged.attend(q, k, v, cache, batch, shape.alpha, config=SMALL)
+
+    def attend_exactly(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        append_reference(truth, k, v, batch)
+        return paged_attention_reference(q, k, v, truth, batch, shape.alpha)
+
+    y = layer_by_kernels(x, params, shape, attend)
+    exact = {name: value.double() for name, value in params.items()}
+    expected = hstu.layer_around(x.double(), exact, shape, attend_exactly)
+    assert (y.double() - expected).norm() <= 5e-3 * expected.norm()
