@@ -4,58 +4,30 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Mapping
-from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
 
 import fake_inference_run as fake
 import fake_run
+from rendered_runs import Rendered, render, table_after, text_of
 from smbench import report
-from smbench.analysis import Analysis
-from smbench.cell import Cell
 from smbench.document_hstu_inference import HstuInference
-from smbench.recipe import Profile
-from smbench.result import Result
-
-
-def all_failed(cell: Cell, _profile: Profile) -> Result | None:
-    return fake.result(cell, "crashed", f"RuntimeError: {fake_run.HOSTILE}")
-
 
 RUNS = {
     "full": (fake.on_a_card, fake_run.GPU),
     "quick": (fake.on_a_card, fake_run.GPU),
     "cpu": (fake.on_a_processor, fake_run.CPU),
-    "failed": (all_failed, {**fake_run.GPU, "gpu": {"name": fake_run.HOSTILE}}),
+    "failed": (fake_run.all_failed, {**fake_run.GPU, "gpu": {"name": fake_run.HOSTILE}}),
     "ignored": (fake.ignoring_the_cache, fake_run.GPU),
 }
-Rendered = Mapping[str, tuple[Path, Analysis]]
 
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Rendered:
     """Every fake run of the shipped recipe, rendered once."""
-    found = {}
-    for name, (outcome, environment) in RUNS.items():
-        folder = tmp_path_factory.mktemp("runs") / name
-        profile = name if name in ("full", "cpu") else "quick"
-        fake_run.build(folder, fake.PATH.read_bytes(), profile, outcome, [environment])
-        found[name] = folder, report.render(folder)
-    return found
-
-
-def text_of(rendered: Rendered, name: str) -> str:
-    return (rendered[name][0] / "report.md").read_text(encoding="utf-8")
-
-
-def table_after(text: str, words: str) -> list[list[str]]:
-    """The first table after some words, as cells, without its rule."""
-    part = text.split(words, 1)[1]
-    table = re.findall(r"(?:^\|.*\n)+", part, re.MULTILINE)[0]
-    lines = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.splitlines()]
-    return [lines[0], *lines[2:]]
+    parent = tmp_path_factory.mktemp("runs")
+    return render(parent, fake.PATH.read_bytes(), RUNS, lambda name: name if name in ("full", "cpu") else "quick")
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
 
 import fake_run
+from rendered_runs import Rendered, render, table_after, text_of
 from smbench import report
-from smbench.analysis import Analysis
 from smbench.cell import Cell
 from smbench.document_hstu_layer import HstuLayer
 from smbench.recipe import Profile
@@ -119,46 +118,23 @@ def profile_interprets(cell: Cell) -> bool:
     return cell.provider.startswith(("native", "fused")) or cell.provider == "smbench"
 
 
-def all_failed(cell: Cell, profile: Profile) -> Result | None:
-    return fake_run.result(cell, "crashed", f"RuntimeError: {fake_run.HOSTILE}")
-
-
 RUNS = {
     "full": (on_a_card, fake_run.GPU),
     "quick": (on_a_card, fake_run.GPU),
     "cpu": (on_a_processor, fake_run.CPU),
-    "failed": (all_failed, {**fake_run.GPU, "gpu": {"name": fake_run.HOSTILE}}),
+    "failed": (fake_run.all_failed, {**fake_run.GPU, "gpu": {"name": fake_run.HOSTILE}}),
 }
 
 
 @pytest.fixture(scope="module")
-def rendered(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[Path, Analysis]]:
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Rendered:
     """Every fake run of the shipped recipe, rendered once."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(fake_run, "work", work)
-    found = {}
-    for name, (outcome, environment) in RUNS.items():
-        folder = tmp_path_factory.mktemp("runs") / name
-        fake_run.build(folder, RECIPE.read_bytes(), "full" if name == "failed" else name, outcome, [environment])
-        found[name] = folder, report.render(folder)
-    patch.undo()
-    return found
-
-
-def text_of(rendered: Mapping[str, tuple[Path, Analysis]], name: str) -> str:
-    return (rendered[name][0] / "report.md").read_text(encoding="utf-8")
-
-
-def table_after(text: str, words: str) -> list[list[str]]:
-    """The first table after a line that holds some words, as cells, without its rule."""
-    part = text.split(words, 1)[1]
-    table = re.findall(r"(?:^\|.*\n)+", part, re.MULTILINE)[0]
-    lines = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.splitlines()]
-    return [lines[0], *lines[2:]]
+    parent = tmp_path_factory.mktemp("runs")
+    return render(parent, RECIPE.read_bytes(), RUNS, lambda name: "full" if name == "failed" else name, work)
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_tables_have_equal_columns_and_no_blank_cells(rendered: Mapping[str, tuple[Path, Analysis]], name: str) -> None:
+def test_tables_have_equal_columns_and_no_blank_cells(rendered: Rendered, name: str) -> None:
     text = text_of(rendered, name)
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
     parsed = MarkdownIt("commonmark").enable("table").parse(text)
@@ -170,7 +146,7 @@ def test_tables_have_equal_columns_and_no_blank_cells(rendered: Mapping[str, tup
     assert not re.search(r"\b(nan|inf|None|Undefined|undefined)\b|object at 0x", text)
 
 
-def test_the_latency_table_is_the_documents(rendered: Mapping[str, tuple[Path, Analysis]]) -> None:
+def test_the_latency_table_is_the_documents(rendered: Rendered) -> None:
     text = text_of(rendered, "full")
     table = table_after(text, "### Latency")
     assert table[0] == [
@@ -186,7 +162,7 @@ def test_the_latency_table_is_the_documents(rendered: Mapping[str, tuple[Path, A
         assert float(row[3]) == pytest.approx(sum(halves) * 1e3, rel=1e-3)
 
 
-def test_published_numbers_stand_beside_and_are_another_cards(rendered: Mapping[str, tuple[Path, Analysis]]) -> None:
+def test_published_numbers_stand_beside_and_are_another_cards(rendered: Rendered) -> None:
     text = text_of(rendered, "full")
     table = table_after(text, "**another card**")
     assert table[1] == ["1K", "6.652", "5.864", "3.885", "3.927", "4.115"]
@@ -197,7 +173,7 @@ def test_published_numbers_stand_beside_and_are_another_cards(rendered: Mapping[
     assert "Published time over measured time" in text and "Published time over measured time" not in small
 
 
-def test_what_the_numbers_say_follows_from_them(rendered: Mapping[str, tuple[Path, Analysis]]) -> None:
+def test_what_the_numbers_say_follows_from_them(rendered: Rendered) -> None:
     text = text_of(rendered, "full")
     assert "- Fusion: the native layer takes 1.50× the time of the fused one; 1.25× with the same attention." in text
     assert "native layer 1.20× as fast" in text
@@ -206,13 +182,13 @@ def test_what_the_numbers_say_follows_from_them(rendered: Mapping[str, tuple[Pat
     assert re.search(r"sum of two medians is 1\.04× the time of a step, over \d+ cells", text)
 
 
-def test_rates_are_by_the_formula_and_the_vendors_peak(rendered: Mapping[str, tuple[Path, Analysis]]) -> None:
+def test_rates_are_by_the_formula_and_the_vendors_peak(rendered: Rendered) -> None:
     table = table_after(text_of(rendered, "full"), "Rates by the document's formula")
     column = table[0].index("fused")
     assert {row[column] for row in table[1:]} == {"500 TFLOP/s, 50.5 %"}
 
 
-def test_memory_is_by_variant_and_number_of_layers(rendered: Mapping[str, tuple[Path, Analysis]]) -> None:
+def test_memory_is_by_variant_and_number_of_layers(rendered: Rendered) -> None:
     text = text_of(rendered, "full").split("### Peak memory")[1]
     table = table_after(text, "gradients included.")
     assert table[0] == ["variant", "held, 1 layer", "peak", "held, 2 layers", "peak"]
@@ -223,7 +199,7 @@ def test_memory_is_by_variant_and_number_of_layers(rendered: Mapping[str, tuple[
     assert "figures/memory_timeline.png" not in text_of(rendered, "cpu")
 
 
-def test_an_error_that_grows_is_said_to_grow(rendered: Mapping[str, tuple[Path, Analysis]]) -> None:
+def test_an_error_that_grows_is_said_to_grow(rendered: Rendered) -> None:
     table = table_after(text_of(rendered, "full"), "### Error against length")
     grows = {(row[0], row[1]): (row[-2], row[-1]) for row in table[1:]}
     assert grows["Meta (Triton)", "dq"] == ("8.00×", "yes")
@@ -232,14 +208,14 @@ def test_an_error_that_grows_is_said_to_grow(rendered: Mapping[str, tuple[Path, 
     assert ("NVIDIA (Triton)", "dq") not in grows
 
 
-def test_a_processor_gives_a_report_without_gpu_numbers(rendered: Mapping[str, tuple[Path, Analysis]]) -> None:
+def test_a_processor_gives_a_report_without_gpu_numbers(rendered: Rendered) -> None:
     text = text_of(rendered, "cpu")
     assert "No GPU number is in this report" in text and "### Verified, not timed" in text
     assert "verified" in " ".join(table_after(text, "### Latency")[1])
     assert "A processor has no allocator that counts" in text
 
 
-def test_records_hold_medians_memory_and_errors(rendered: Mapping[str, tuple[Path, Analysis]]) -> None:
+def test_records_hold_medians_memory_and_errors(rendered: Rendered) -> None:
     folder, analysis = rendered["full"]
     names = {"times_step.csv", "times_document-forward.csv", "times_document-backward.csv", "memory.csv", "errors.csv"}
     assert {path.name for path in folder.glob("records/*")} == names
@@ -256,7 +232,7 @@ def test_records_hold_medians_memory_and_errors(rendered: Mapping[str, tuple[Pat
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_figures_of_the_text_exist_and_no_others(rendered: Mapping[str, tuple[Path, Analysis]], name: str) -> None:
+def test_figures_of_the_text_exist_and_no_others(rendered: Rendered, name: str) -> None:
     folder = rendered[name][0]
     named = set(re.findall(r"\]\((figures/[^)]+)\)", text_of(rendered, name)))
     there = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.glob("figures/*")}
@@ -264,12 +240,12 @@ def test_figures_of_the_text_exist_and_no_others(rendered: Mapping[str, tuple[Pa
     assert all(data.startswith(b"\x89PNG") and len(data) > 10_000 for data in there.values())
 
 
-def test_rendering_again_gives_the_same_bytes(rendered: Mapping[str, tuple[Path, Analysis]]) -> None:
+def test_rendering_again_gives_the_same_bytes(rendered: Rendered) -> None:
     folder = rendered["quick"][0]
     first = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     report.render(folder)
     assert {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()} == first
 
 
-def test_the_document_is_the_recipes(rendered: Mapping[str, tuple[Path, Analysis]]) -> None:
+def test_the_document_is_the_recipes(rendered: Rendered) -> None:
     assert isinstance(report.document_of(rendered["full"][1]), HstuLayer)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
 
 import fake_run
+from rendered_runs import Rendered, render, text_of
 from smbench import report
-from smbench.analysis import Analysis
 from smbench.cell import Cell
 from smbench.recipe import MeasureRow, Profile
 from smbench.result import Measurement, Result, Work
@@ -75,36 +74,24 @@ def on_a_processor(cell: Cell, profile: Profile) -> Result | None:
     return timed(cell, profile)
 
 
-def all_failed(cell: Cell, profile: Profile) -> Result | None:
-    return fake_run.result(cell, "crashed", f"RuntimeError: {fake_run.HOSTILE}")
-
-
 RUNS = {
     "full": (on_a_card, fake_run.GPU),
     "quick": (on_a_card, fake_run.GPU),
     "cpu": (on_a_processor, fake_run.CPU),
-    "failed": (all_failed, {**fake_run.GPU, "gpu": {"name": fake_run.HOSTILE}}),
+    "failed": (fake_run.all_failed, {**fake_run.GPU, "gpu": {"name": fake_run.HOSTILE}}),
 }
 
 
+def small_work(_cell: Cell) -> Work:
+    """So little that no guard has anything against any time."""
+    return Work(bytes=1, flops=1)
+
+
 @pytest.fixture(scope="module")
-def rendered(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[Path, Analysis]]:
+def rendered(tmp_path_factory: pytest.TempPathFactory) -> Rendered:
     """Every fake run of the shipped recipe, rendered once."""
-    patch = pytest.MonkeyPatch()
-    # as many bytes as the peak allows in half of the time: no guard has anything against these
-    patch.setattr(fake_run, "work", lambda cell: Work(bytes=1, flops=1))
-    found = {}
-    for name, (outcome, environment) in RUNS.items():
-        profile = "full" if name == "failed" else name
-        folder = tmp_path_factory.mktemp("runs") / name
-        fake_run.build(folder, RECIPE.read_bytes(), profile, outcome, [environment])
-        found[name] = folder, report.render(folder)
-    patch.undo()
-    return found
-
-
-def text_of(rendered: Mapping[str, tuple[Path, Analysis]], name: str) -> str:
-    return (rendered[name][0] / "report.md").read_text(encoding="utf-8")
+    parent = tmp_path_factory.mktemp("runs")
+    return render(parent, RECIPE.read_bytes(), RUNS, lambda name: "full" if name == "failed" else name, small_work)
 
 
 def rows_after(text: str, heading: str, which: int = 0) -> list[list[str]]:
@@ -115,7 +102,7 @@ def rows_after(text: str, heading: str, which: int = 0) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_front_matter_is_the_documents(rendered: Mapping[str, tuple[Path, Analysis]], name: str) -> None:
+def test_the_front_matter_is_the_documents(rendered: Rendered, name: str) -> None:
     head = text_of(rendered, name).split("---\n")
     assert head[0] == "" and 'title:  "Profile VLLM Performance"' in head[1]
     assert "tags: [CUDA, UVM, Profiler]" in head[1] and "date:   2026-01-02" in head[1]
@@ -124,7 +111,7 @@ def test_the_front_matter_is_the_documents(rendered: Mapping[str, tuple[Path, An
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_tables_have_equal_columns_and_no_blank_cells(rendered: Mapping[str, tuple[Path, Analysis]], name: str) -> None:
+def test_tables_have_equal_columns_and_no_blank_cells(rendered: Rendered, name: str) -> None:
     text = text_of(rendered, name)
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
     parsed = MarkdownIt("commonmark").enable("table").parse(text)
@@ -136,7 +123,7 @@ def test_tables_have_equal_columns_and_no_blank_cells(rendered: Mapping[str, tup
     assert not re.search(r"\b(nan|inf|None|Undefined|undefined)\b|object at 0x", text)
 
 
-def test_the_documents_tables_are_there_in_its_order(rendered: Mapping[str, tuple[Path, Analysis]]) -> None:
+def test_the_documents_tables_are_there_in_its_order(rendered: Rendered) -> None:
     text = text_of(rendered, "full")
     titles = re.findall(r"^(vllm|Without page table lookup|Original vllm|No offset)$", text, re.MULTILINE)
     assert titles == [
@@ -149,7 +136,7 @@ def test_the_documents_tables_are_there_in_its_order(rendered: Mapping[str, tupl
     ]
 
 
-def test_published_numbers_stand_in_their_own_columns(rendered: Mapping[str, tuple[Path, Analysis]]) -> None:
+def test_published_numbers_stand_in_their_own_columns(rendered: Rendered) -> None:
     text = text_of(rendered, "full")
     first = rows_after(text, "vllm")
     assert first[0][:4] == ["block", "seq_len", "uvm", "normal"] and "A100" in first[0][4]
@@ -161,7 +148,7 @@ def test_published_numbers_stand_in_their_own_columns(rendered: Mapping[str, tup
     assert "another card" in text
 
 
-def test_measured_numbers_are_those_of_the_cell(rendered: Mapping[str, tuple[Path, Analysis]]) -> None:
+def test_measured_numbers_are_those_of_the_cell(rendered: Rendered) -> None:
     text, analysis = text_of(rendered, "full"), rendered["full"][1]
     rows = analysis.select("paged_attention", "classic-v1", batch=16, seq_len=1024, block_size=8, layout="document")
     times = {str(row.cell.axes["address"]): row.summaries["document"].median * 1e6 for row in rows}
@@ -174,7 +161,7 @@ def test_measured_numbers_are_those_of_the_cell(rendered: Mapping[str, tuple[Pat
         assert float(row[4]) == pytest.approx(times[address], rel=1e-3)
 
 
-def test_effects_are_separated(rendered: Mapping[str, tuple[Path, Analysis]]) -> None:
+def test_effects_are_separated(rendered: Rendered) -> None:
     """Each made-up factor comes back in its own column and in no other."""
     text = text_of(rendered, "full").split("## What those tables mix")[1]
     table = rows_after(text, "classic v1:")
@@ -183,7 +170,7 @@ def test_effects_are_separated(rendered: Mapping[str, tuple[Path, Analysis]]) ->
         assert row[4:] == ["1.08×", "1.00×?", "0.75×", "1.11×"], row
 
 
-def test_the_answer_follows_from_the_numbers(rendered: Mapping[str, tuple[Path, Analysis]]) -> None:
+def test_the_answer_follows_from_the_numbers(rendered: Rendered) -> None:
     answer = next(line for line in text_of(rendered, "full").splitlines() if line.startswith("**The answer**"))
     # 1 + 2 / 1 over 1 + 2 / 32, and 1 + 0.01 / 1 over 1 + 0.01 / 32
     assert "the block size moves the time by up to 2.82×" in answer
@@ -194,7 +181,7 @@ def test_the_answer_follows_from_the_numbers(rendered: Mapping[str, tuple[Path, 
     assert "**The answer**" not in text_of(rendered, "cpu")
 
 
-def test_the_field_is_counted(rendered: Mapping[str, tuple[Path, Analysis]]) -> None:
+def test_the_field_is_counted(rendered: Rendered) -> None:
     text = text_of(rendered, "full").split("## Against the field")[1]
     assert "at each of 99 points: smbench, tuned is clearly faster at 99, clearly slower at 0" in text
     line = next(line for line in text.splitlines() if line.startswith("| 40/40 | 32 | 4096 |"))
@@ -204,18 +191,18 @@ def test_the_field_is_counted(rendered: Mapping[str, tuple[Path, Analysis]]) -> 
     assert cells[12] == f"{ours / theirs:.2f}×"
 
 
-def test_what_is_not_measured_has_its_reason(rendered: Mapping[str, tuple[Path, Analysis]]) -> None:
+def test_what_is_not_measured_has_its_reason(rendered: Rendered) -> None:
     last = text_of(rendered, "full").split("## Situations not tested")[1]
     assert "managed-host" in last and "managed-oversubscribed" in last and "flashinfer" in last
 
 
-def test_a_processor_gives_a_report_without_gpu_numbers(rendered: Mapping[str, tuple[Path, Analysis]]) -> None:
+def test_a_processor_gives_a_report_without_gpu_numbers(rendered: Rendered) -> None:
     text = text_of(rendered, "cpu")
     assert "No GPU number is in this report" in text and "kernel torch SDPA, contiguous cache" in text
     assert "### Verified, not timed" in text and "smbench in Triton" in text
 
 
-def test_records_hold_every_median(rendered: Mapping[str, tuple[Path, Analysis]]) -> None:
+def test_records_hold_every_median(rendered: Rendered) -> None:
     folder, analysis = rendered["full"]
     assert {path.name for path in folder.glob("records/*")} == {
         "times_cold.csv",
@@ -230,7 +217,7 @@ def test_records_hold_every_median(rendered: Mapping[str, tuple[Path, Analysis]]
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_figures_of_the_text_exist_and_no_others(rendered: Mapping[str, tuple[Path, Analysis]], name: str) -> None:
+def test_figures_of_the_text_exist_and_no_others(rendered: Rendered, name: str) -> None:
     folder = rendered[name][0]
     named = set(re.findall(r"\]\((figures/[^)]+)\)", text_of(rendered, name)))
     there = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.glob("figures/*")}
@@ -238,7 +225,7 @@ def test_figures_of_the_text_exist_and_no_others(rendered: Mapping[str, tuple[Pa
     assert all(data.startswith(b"\x89PNG") and len(data) > 10_000 for data in there.values())
 
 
-def test_rendering_again_gives_the_same_bytes(rendered: Mapping[str, tuple[Path, Analysis]]) -> None:
+def test_rendering_again_gives_the_same_bytes(rendered: Rendered) -> None:
     folder = rendered["quick"][0]
     first = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     report.render(folder)
