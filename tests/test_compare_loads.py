@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+import fake_frameworks_run as fake
 from compared import side, timing
-from smbench import compare
+from smbench import compare, sides
 from smbench.cell import Cell
+from smbench.recipe import Profile
+from smbench.result import Prompts, Result
 from smbench.verdicts import Row
 
 
@@ -54,3 +60,27 @@ def test_a_duration_needs_a_repeat(repeats: int, verdict: str) -> None:
     found = rows(2.0, repeats, "duration")
     assert {row.verdict for row in found} == {verdict}
     assert all((row.ci_low is None) == (repeats == 1) for row in found)
+
+
+def of_prompts(sha256: str) -> Callable[[Cell, Profile], Result | None]:
+    """A machine whose cells all had the prompts of one file."""
+
+    def respond(cell: Cell, profile: Profile) -> Result | None:
+        result = fake.one_engine(cell, profile)
+        if result is None or result.serving is None:
+            return result
+        prompts = Prompts(dataset="sharegpt", count=8, tokens=8192, sha256=sha256)
+        return result.model_copy(update={"serving": result.serving.model_copy(update={"prompts": prompts})})
+
+    return respond
+
+
+@pytest.mark.parametrize(("other", "compared"), [("a" * 64, True), ("b" * 64, False)])
+def test_loads_of_other_prompts_are_not_compared(tmp_path: Path, other: str, compared: bool) -> None:
+    """The axes of two files of one form are the same; their prompts are not."""
+    runs = [fake.build(tmp_path / name, "full", of_prompts(sha)) for name, sha in (("a", "a" * 64), ("b", other))]
+    first, second = sides.load([str(run) for run in runs], {})
+    found = compare.compare(first, second)
+    assert bool(found.rows) == compared
+    named = {(entry.field, entry.a, entry.b) for entry in found.incomparable}
+    assert named == (set() if compared else {("prompts", f"sharegpt {'a' * 12}", f"sharegpt {'b' * 12}")})

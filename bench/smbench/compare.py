@@ -43,6 +43,9 @@ class Entry:
     reason: str | None
     timings: Mapping[str, Timing]
     """By measurement name; empty where there is no number."""
+    prompts: str | None = None
+    """What tells the prompts of one cell from others: axes name a data set, and a user's file can be any. None where
+    nobody says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +199,9 @@ def _pairs(a: Entry, b: Entry, protocol_a: int | None, protocol_b: int | None) -
     """The comparable numbers of a cell, and the field that keeps the others apart with its two values."""
     if protocol_a is not None and protocol_b is not None and protocol_a != protocol_b:
         yield "protocol_version", str(protocol_a), str(protocol_b)
+        return
+    if a.prompts and b.prompts and a.prompts != b.prompts:
+        yield "prompts", a.prompts, b.prompts
         return
     common = [name for name in a.timings if name in b.timings]
     if not common:

@@ -19,7 +19,7 @@ from smbench.compare import Entry, Side
 from smbench.errors import UsageError
 from smbench.machines import Machines
 from smbench.published import Point, Published
-from smbench.result import Environment
+from smbench.result import Environment, Result
 from smbench.runfolder import Run
 from smbench.verdicts import Timing
 
@@ -134,7 +134,13 @@ def _entries(run: Run) -> Iterator[Entry]:
     for row in report.analysis_of(run).rows:
         timed = row.result.measurements if row.result and row.summaries else ()
         timings = {m.name: Timing(_metric(row.cell, m.name), m.method, m.l2, (m.samples_s,)) for m in timed}
-        yield Entry(row.cell, row.status, row.reason, timings)
+        yield Entry(row.cell, row.status, row.reason, timings, _prompts(row.result))
+
+
+def _prompts(result: Result | None) -> str | None:
+    """The data set and the start of the hash of its token ids."""
+    drawn = result.serving.prompts if result and result.serving else None
+    return f"{drawn.dataset} {drawn.sha256[:12]}" if drawn and drawn.sha256 else None
 
 
 def _metric(cell: Cell, measurement: str) -> str:
@@ -151,7 +157,8 @@ def _joined(a: Entry, b: Entry) -> Entry:
         for name, own in a.timings.items()
         if name in b.timings
     }
-    return Entry(a.cell, a.status, a.reason, joined)
+    prompts = ", ".join(dict.fromkeys(entry.prompts for entry in (a, b) if entry.prompts)) or None
+    return Entry(a.cell, a.status, a.reason, joined, prompts)
 
 
 def _published(argument: str, against: Side | None, matches: Mapping[str, str]) -> Side:
