@@ -18,13 +18,14 @@ from smbench_kernels.registry import op as find_op
 
 CPU = torch.device("cpu")
 MASKS = definition.ATTENTION_AXES["mask"].choices
-NAMES = ("hstu_attention_forward", "hstu_attention_backward", "hstu_layer")
+LAYERS = ("hstu_layer", "hstu_layer_silu_u")
+NAMES = ("hstu_attention_forward", "hstu_attention_backward", *LAYERS)
 
 
 def point_of(name: str = "hstu_layer", **axes: int | str) -> Point:
     plain: dict[str, int | str] = {"batch": 4, "seq_len": 24, "lengths": "jagged", "mask": "contextual", "heads": 2}
     plain |= {"head_dim": 16, "dtype": "float16"}
-    return plain | ({"embedding": 48, "layers": 2} if name == "hstu_layer" else {}) | axes
+    return plain | ({"embedding": 48, "layers": 2} if name in LAYERS else {}) | axes
 
 
 def published_mask(length: int, targets: int, contextuals: int, causal: bool) -> torch.Tensor:
@@ -89,9 +90,10 @@ def test_the_layers_truth_is_autograds_of_the_whole_batch() -> None:
         torch.testing.assert_close(value, whole[name])
 
 
-def test_the_layer_is_what_its_steps_are() -> None:
+@pytest.mark.parametrize("silu", [hstu.UVQK, hstu.U])
+def test_the_layer_is_what_its_steps_are(silu: str) -> None:
     """Written out once more for one token, where the attention of a token to itself is a product."""
-    shape = Shape(48, 2, 16)
+    shape = Shape(48, 2, 16, silu)
     params = {n: p.double() for n, p in hstu.parameters(shape, 3, CPU, torch.float32).items()}
     x = torch.randn(1, 48, dtype=torch.float64)
     batch = Jagged(torch.tensor([0, 1]), 1)
@@ -101,12 +103,20 @@ def test_the_layer_is_what_its_steps_are() -> None:
         return centred / (centred.square().mean() + 1e-5).sqrt() * params[f"{name}weight"] + params[f"{name}bias"]
 
     mixed = norm(x, "norm_") @ params["uvqk_weight"] + params["uvqk_bias"]
-    u, v, q, k = (mixed * torch.sigmoid(mixed)).view(4, 1, 2, 16)
+    factor = torch.sigmoid(mixed)
+    if silu == hstu.U:
+        factor[:, 32:] = 1
+    u, v, q, k = (mixed * factor).view(4, 1, 2, 16)
     score = (q * k).sum(-1, keepdim=True) / 4
     attended = (score * torch.sigmoid(score) * v).view(1, 32)
     dropout = torch.full((1, 32), 2.0, dtype=torch.float64)
     expected = (norm(attended, "out_norm_") * u.reshape(1, 32) * 2) @ params["out_weight"] + x
     torch.testing.assert_close(hstu.layer_reference(x, params, batch, shape, dropout=dropout), expected)
+
+
+def test_an_unknown_choice_of_silu_is_refused() -> None:
+    with pytest.raises(ValueError, match="silu is 'uv'; known: uvqk, u"):
+        Shape(48, 2, 16, "uv")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -116,9 +126,7 @@ def test_shapes_follow_from_the_point_and_values_from_the_seed(name: str) -> Non
     assert {n: t.shape for n, t in first.items()} == {n: t.shape for n, t in other.items()}
     assert all(torch.equal(first[n], again[n]) for n in first if n not in op.outputs)
     assert all(bool(first[n].isnan().all()) for n in op.outputs)
-    assert not torch.equal(
-        first["x" if name == "hstu_layer" else "uvqk"], other["x" if name == "hstu_layer" else "uvqk"]
-    )
+    assert not torch.equal(first["x" if name in LAYERS else "uvqk"], other["x" if name in LAYERS else "uvqk"])
 
 
 def test_jagged_has_the_longest_one_token_and_nothing() -> None:
@@ -165,7 +173,7 @@ def test_the_definition_as_a_provider_passes_its_own_gate(name: str, mask: str) 
     """Rounds: first inputs, other values, other integers, and the halves of a step."""
     job = Job("c", name, "torch", point_of(name, mask=mask), 5, "verified only")
     found = OpRunner(CPU, [], io.StringIO()).run(job)
-    assert (found["status"], found["check"]["rounds"]) == ("verified", 4 if name == "hstu_layer" else 3)
+    assert (found["status"], found["check"]["rounds"]) == ("verified", 4 if name in LAYERS else 3)
 
 
 WITHOUT: Mapping[str, str] = {
@@ -174,6 +182,14 @@ WITHOUT: Mapping[str, str] = {
     "nvidia-triton": "recsys-examples is not installed",
     "nvidia-cutlass": "needs an NVIDIA GPU",
 }
+LAYERS_WITHOUT = [
+    ("hstu_layer", "native-cutlass", "package hstu"),
+    ("hstu_layer", "nvidia-fused", "recsys-examples is not installed"),
+    ("hstu_layer", "nvidia-fused-ln", "recsys-examples is not installed"),
+    ("hstu_layer", "nvidia-fused-ln-silu", "recsys-examples is not installed"),
+    ("hstu_layer_silu_u", "meta-fused", "generative_recommenders is not installed"),
+    ("hstu_layer_silu_u", "meta-fused-least", "generative_recommenders is not installed"),
+]
 
 
 @pytest.mark.parametrize("name", NAMES[:2])
@@ -183,14 +199,16 @@ def test_what_is_not_here_says_so(name: str, provider: str, told: str) -> None:
     assert found["status"] == "unsupported" and told in found["reason"]
 
 
-def test_a_layer_around_a_package_that_is_not_here_says_so() -> None:
-    found = OpRunner(CPU, [], io.StringIO()).run(
-        Job("c", "hstu_layer", "native-cutlass", point_of(), 5, "verified only")
-    )
-    assert found["status"] == "unsupported" and "hstu" in found["reason"]
+@pytest.mark.parametrize(("name", "provider", "told"), LAYERS_WITHOUT)
+def test_a_layer_by_a_package_that_is_not_here_says_so(name: str, provider: str, told: str) -> None:
+    found = OpRunner(CPU, [], io.StringIO()).run(Job("c", name, provider, point_of(), 5, "verified only"))
+    assert found["status"] == "unsupported" and told in found["reason"]
 
 
 def test_every_variant_of_the_layer_is_a_provider() -> None:
     from smbench_kernels.hstu_layer import VARIANTS
 
-    assert set(VARIANTS) == set(find_op("hstu_layer").providers) - {"torch"}
+    ours = {name for name in find_op("hstu_layer").providers if not name.startswith("nvidia-")}
+    assert set(VARIANTS) == ours - {"torch"}
+    silu_u = {name for name in find_op("hstu_layer_silu_u").providers if not name.startswith("meta-")}
+    assert silu_u - {"torch"} < set(VARIANTS)

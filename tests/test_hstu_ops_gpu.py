@@ -26,9 +26,10 @@ HALVES = [
     Spec(part, "event", "warm", calls=1, replays=1, warmup=2, samples=5, min_samples=3, window_s=0.1, part=part)
     for part in ("forward", "backward")
 ]
+LAYERS = ("hstu_layer", "hstu_layer_silu_u")
 CELLS = [
     (name, provider)
-    for name in ("hstu_attention_forward", "hstu_attention_backward", "hstu_layer")
+    for name in ("hstu_attention_forward", "hstu_attention_backward", *LAYERS)
     for provider in find_op(name).providers
     # the definition is what all are compared with
     if provider != "torch"
@@ -36,7 +37,7 @@ CELLS = [
 
 
 def outcome(name: str, provider: str, native: Path | None = None, **axes: int | str) -> dict[str, Any]:
-    point = {**POINT, **axes} | ({"embedding": 128, "layers": 2} if name == "hstu_layer" else {})
+    point = {**POINT, **axes} | ({"embedding": 128, "layers": 2} if name in LAYERS else {})
     runner = OpRunner(torch.device("cuda"), [STEP, *HALVES], io.StringIO(), native)
     return runner.run(Job("0123456789abcdef", name, provider, point, 3, None))
 
@@ -49,7 +50,7 @@ def test_every_provider_that_is_here_is_right_and_timed(name: str, provider: str
         pytest.skip(str(found["reason"]))
     assert (found["status"], found["reason"]) == ("ok", None)
     timed = [row["name"] for row in found["measurements"]]
-    assert timed == (["step", "forward", "backward"] if name == "hstu_layer" else ["step"])
+    assert timed == (["step", "forward", "backward"] if name in LAYERS else ["step"])
 
 
 def test_a_step_is_weighed_and_its_course_kept(tmp_path: Path) -> None:

@@ -14,13 +14,13 @@ from functools import cached_property
 from smbench.analysis import Row
 from smbench.cell import AxisValue
 from smbench.document_hstu_layer_attention import Attention
+from smbench.document_hstu_layer_peers import LAYER, LAYER_SILU_U, Peers
 from smbench.published import Published
 from smbench.recipe import MeasureRow
 from smbench.result import Memory
 from smbench.stats import Range, Summary
 from smbench.views import Axes, Plot, View, slug
 
-LAYER = "hstu_layer"
 STEP = "step"
 """The measure of a whole step with gradients reset."""
 HALVES = ("document-forward", "document-backward")
@@ -70,6 +70,9 @@ MEANINGS: Mapping[str, Meaning] = {
         "our fused kernels", "our fastest on the card", "input layer norm, SiLU, gated output, product for v, q and k"
     ),
     "fused-none": Meaning("our fused kernels", "our fastest on the card", "all but the attention"),
+    "nvidia-fused": Meaning("NVIDIA's fused kernels", "NVIDIA's Triton kernels", "nothing"),
+    "nvidia-fused-ln": Meaning("NVIDIA's fused kernels", "NVIDIA's Triton kernels", "input layer norm"),
+    "nvidia-fused-ln-silu": Meaning("NVIDIA's fused kernels", "NVIDIA's Triton kernels", "input layer norm, SiLU"),
 }
 
 
@@ -94,6 +97,11 @@ class HstuLayer:
     def attention(self) -> Attention:
         """The attention alone."""
         return Attention(self.view)
+
+    @cached_property
+    def peers(self) -> Peers:
+        """Other projects' whole layers."""
+        return Peers(self.view, self.family, self.lengths, self.step.name)
 
     @cached_property
     def family(self) -> Axes:
@@ -240,9 +248,9 @@ class HstuLayer:
         """How many layers the weighed points have."""
         return sorted({int(p["layers"]) for p in self.view.points(LAYER)})
 
-    def memory(self, provider: str, point: Axes) -> Memory | None:
+    def memory(self, provider: str, point: Axes, operation: str = LAYER) -> Memory | None:
         """What a step took, None where it was not weighed or its output was wrong."""
-        row = self.view.analysis.row(LAYER, provider, **point)
+        row = self.view.analysis.row(operation, provider, **point)
         usable = row is not None and row.status in ("ok", "verified")
         return row.result.memory if usable and row and row.result else None
 
@@ -330,13 +338,15 @@ class HstuLayer:
 
     def _memory_lines(self) -> list[list[object]]:
         axes = list(self.view.values(LAYER))
-        lines: list[list[object]] = [["provider", *axes, "method", "saved_bytes", "peak_bytes", "snapshot"]]
-        for point in self.view.points(LAYER):
-            for provider in self.variants:
-                if memory := self.memory(provider, point):
-                    of_point = [provider, *(point[axis] for axis in axes)]
-                    told = [memory.method, memory.saved_bytes, memory.peak_bytes, memory.snapshot]
-                    lines.append([*of_point, *("" if value is None else value for value in told)])
+        head = ["operation", "provider", *axes, "method", "saved_bytes", "peak_bytes", "snapshot"]
+        lines: list[list[object]] = [list(head)]
+        for operation in (LAYER, LAYER_SILU_U):
+            for point in self.view.points(operation):
+                for provider in self.view.providers:
+                    if memory := self.memory(provider, point, operation):
+                        of_point = [operation, provider, *(point.get(axis, "") for axis in axes)]
+                        told = [memory.method, memory.saved_bytes, memory.peak_bytes, memory.snapshot]
+                        lines.append([*of_point, *("" if value is None else value for value in told)])
         return lines
 
 

@@ -16,6 +16,8 @@ FORWARD = "hstu_attention_forward"
 BACKWARD = "hstu_attention_backward"
 DIRECTIONS = (FORWARD, BACKWARD)
 OUTPUTS = {FORWARD: ("y",), BACKWARD: ("dq", "dk", "dv")}
+QUIET = ("ok", "verified", "unsupported", "skipped")
+"""How a cell ends, or has not yet, that a table says with a number, a word or a dash."""
 GROWS = 1.5
 """An error that is this much larger at the longest than at the shortest length is said to grow."""
 
@@ -95,6 +97,12 @@ class Attention:
         row, summary = self.row(direction, provider, length), self.number(direction, provider, length)
         work = row.result.work if row and row.result else None
         return work.flops / summary.median if work and summary else None
+
+    def failed(self) -> list[Row]:
+        """The cells of the main table that were tried and have no number: wrong values above all."""
+        cells = [(d, p, n) for d in DIRECTIONS for p in self.shown for n in self.lengths]
+        rows = [self.row(*cell) for cell in cells]
+        return [row for row in rows if row is not None and row.status not in QUIET]
 
     def measured(self) -> bool:
         """Whether any number of the main table exists."""

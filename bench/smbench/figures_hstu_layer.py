@@ -12,6 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 from smbench.cell import AxisValue
 from smbench.document_hstu_layer import HstuLayer
 from smbench.document_hstu_layer_attention import BACKWARD, FORWARD, OUTPUTS
+from smbench.document_hstu_layer_peers import LAYER
 from smbench.figures import DPI, WIDTH_PX, drawable, png
 from smbench.stats import Summary
 from smbench.views import Plot
@@ -38,7 +39,8 @@ def draw(plot: Plot, layer: HstuLayer) -> bytes:
 
 
 def _latency(plot: Plot, layer: HstuLayer) -> Figure:
-    """Time and rate of a whole step against length, a line for each variant; left also the published numbers."""
+    """Time and rate of a whole step against length by variant; left also layers of another definition, dotted, and
+    the published numbers."""
     figure = _figure(HEIGHT, f"One training step against sequence length\n{plot.measure.title}")
     times, rates = figure.subplots(1, 2, sharex=True)
     for provider in layer.variants:
@@ -48,6 +50,12 @@ def _latency(plot: Plot, layer: HstuLayer) -> Figure:
         speeds = [layer.speed(provider, length) for length in layer.lengths]
         rate = [s.flops_per_s / 1e12 if s and s.flops_per_s else math.nan for s in speeds]
         _line(rates, layer.lengths, rate, row.color, row.title)
+    for line in layer.peers.lines:
+        if line.operation != LAYER:
+            row = layer.view.analysis.recipe.providers[line.provider]
+            numbers = [layer.peers.number(line, length) for length in layer.lengths]
+            label = f"{row.title}, SiLU on {line.silu}"
+            _line(times, layer.lengths, [_ms(n) for n in numbers], row.color, label, marker="^", style=":")
     if layer.published and layer.comparable:
         for column, marker in zip(layer.columns, MARKERS, strict=False):
             known = [layer.published_seconds(column, length) for length in layer.lengths]
@@ -139,11 +147,14 @@ def _line(
     label: str,
     marker: str = "o",
     width: float = 1.4,
+    style: str = "-",
 ) -> None:
     """A line with a gap where a number is missing; nothing where all are."""
     if not all(math.isnan(value) for value in values):
         xs = [int(length) for length in lengths]
-        panel.plot(xs, values, color=colour, marker=marker, markersize=3.5, linewidth=width, label=drawable(label))
+        panel.plot(
+            xs, values, style, color=colour, marker=marker, markersize=3.5, linewidth=width, label=drawable(label)
+        )
 
 
 def _lengths(panel: Panel, lengths: Sequence[AxisValue]) -> None:

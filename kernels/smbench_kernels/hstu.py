@@ -63,13 +63,24 @@ class Span:
         return slice(self.start, self.start + self.length)
 
 
+UVQK, U = "uvqk", "u"
+"""What of u, v, q and k a layer applies SiLU to: all, as document 003 and NVIDIA do, or u alone, as Meta does."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of a layer. u, v, q and k are `heads * head_dim` wide each."""
+    """Sizes of a layer. u, v, q and k are `heads * head_dim` wide each. ValueError where `silu` is neither of two."""
 
     embedding: int
     heads: int
     head_dim: int
+    silu: str = UVQK
+    """UVQK or U."""
+
+    def __post_init__(self) -> None:
+        if self.silu not in (UVQK, U):
+            msg = f"silu is {self.silu!r}; known: {UVQK}, {U}"
+            raise ValueError(msg)
 
     @property
     def width(self) -> int:
@@ -193,6 +204,14 @@ def split_uvqk(uvqk: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Te
     return u, v.unflatten(1, heads), q.unflatten(1, heads), k.unflatten(1, heads)
 
 
+def activated(uvqk: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`split_uvqk`, SiLU applied to what the layer applies it to."""
+    if shape.silu == UVQK:
+        return split_uvqk(F.silu(uvqk), shape)
+    u, v, q, k = split_uvqk(uvqk, shape)
+    return F.silu(u), v, q, k
+
+
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Jagged, float], torch.Tensor]
 """What computes y [T, H, D] from q, k, v [T, H, D], a batch and alpha."""
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -210,7 +229,7 @@ def layer_reference(
 ) -> torch.Tensor:
     """One HSTU layer on x [tokens, embedding] in the dtype of its inputs, for truth float32 or float64; differentiable.
 
-    x -> LayerNorm -> @ uvqk_weight + uvqk_bias -> SiLU -> split into u, v, q, k -> attention -> LayerNorm * u
+    x -> LayerNorm -> @ uvqk_weight + uvqk_bias -> split into u, v, q, k, SiLU -> attention -> LayerNorm * u
     -> * dropout [tokens, H * D] (a mask that already holds 1 / (1 - p), or None) -> @ out_weight -> + x. `attention`
     stands for `attention_reference`, with the same arguments.
     """
@@ -228,8 +247,7 @@ def layer_around(
 ) -> torch.Tensor:
     """`layer_reference` with everything about its attention in one function of q, k and v."""
     normed = F.layer_norm(x, (shape.embedding,), params["norm_weight"], params["norm_bias"], eps)
-    uvqk = F.silu(normed @ params["uvqk_weight"] + params["uvqk_bias"])
-    u, v, q, k = split_uvqk(uvqk, shape)
+    u, v, q, k = activated(normed @ params["uvqk_weight"] + params["uvqk_bias"], shape)
     attended = attend(q, k, v).flatten(1)
     gated = F.layer_norm(attended, (shape.width,), params["out_norm_weight"], params["out_norm_bias"], eps) * u
     if dropout is not None:

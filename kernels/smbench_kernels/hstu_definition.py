@@ -7,7 +7,7 @@ sequence and the outputs: the whole output is compared at every length, and no s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -252,9 +252,14 @@ class _Attention(torch.autograd.Function):
         return *hstu.attention_gradients(dout, q, k, v, ctx.batch, ctx.alpha), None, None
 
 
-def layer_reference(point: Point, inputs: Inputs) -> Mapping[str, torch.Tensor]:
+def layer_shape(point: Point, silu: str = hstu.UVQK) -> Shape:
+    """The shape of a point's layer; what SiLU is applied to is no axis, but tells two operations apart."""
+    return replace(Sizes.of(point).shape, silu=silu)
+
+
+def layer_reference(point: Point, inputs: Inputs, silu: str = hstu.UVQK) -> Mapping[str, torch.Tensor]:
     """`y`, `dx` and the gradient of every parameter in float64. Parameters' gradients add up over the sequences."""
-    sizes, batch = Sizes.of(point), batch_of(point, inputs)
+    sizes, shape, batch = Sizes.of(point), layer_shape(point, silu), batch_of(point, inputs)
     params = {name: inputs[name].double().requires_grad_() for name in PARAMETERS}
     y, dx = (torch.empty(inputs["x"].shape, dtype=torch.float64, device=inputs["x"].device) for _ in range(2))
     for span in batch.sequences():
@@ -262,9 +267,7 @@ def layer_reference(point: Point, inputs: Inputs) -> Mapping[str, torch.Tensor]:
         of_span = x
         for layer in range(sizes.layers):
             of_layer = {name: values[layer] for name, values in params.items()}
-            of_span = hstu.layer_reference(
-                of_span, of_layer, alone(batch, span), sizes.shape, attention=_Attention.apply
-            )
+            of_span = hstu.layer_reference(of_span, of_layer, alone(batch, span), shape, attention=_Attention.apply)
         of_span.backward(inputs["dy"][span.rows].double())
         y[span.rows] = of_span.detach()
         dx[span.rows] = x.grad if x.grad is not None else 0.0

@@ -3,6 +3,7 @@
 **Layout.** u is kept before its SiLU, which the gate applies when it reads it, in a tensor of its own: its product is a
 plain one with a bias. v, q and k are one tensor [T, 3 H D]. Their four gradients are one tensor [T, 4 H D], into which
 the gate, the attention and SiLU's backward pass write, so that the gradients of input and weight are one product each.
+Where SiLU is for u alone, the product for v, q and k is a plain one as well, and what it gives is what is kept.
 
 **Parameters.** Gradients are sums in float32, rounded once to the parameter's dtype.
 
@@ -21,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from smbench_kernels import hstu_linear as linear
 from smbench_kernels import hstu_norm as norm
-from smbench_kernels.hstu import EPS, Jagged, Shape
+from smbench_kernels.hstu import EPS, UVQK, Jagged, Shape
 from smbench_kernels.hstu_layer_attention import Attention
 from smbench_kernels.hstu_layer_native import Layer
 from smbench_kernels.hstu_norm import Dropout
@@ -48,11 +49,11 @@ class Recompute:
     norm: bool = False
     """The normed input: a pass over x."""
     silu: bool = False
-    """v, q and k, from what SiLU was applied to."""
+    """v, q and k, from what SiLU was applied to; nothing where it is applied to u alone."""
     gate: bool = False
     """The gated output: written by the gate's backward pass, which has all of it in registers."""
     vqk: bool = False
-    """What SiLU was applied to, for v, q and k: three quarters of the first product. Implies `silu`."""
+    """The product for v, q and k: three quarters of the first one. Implies `silu`."""
     u: bool = False
     """The gate before its SiLU: the other quarter."""
 
@@ -113,7 +114,7 @@ class _Fused(torch.autograd.Function):
         again, width = plan.recompute, plan.shape.width
         normed, stats = norm.forward(x, norm_weight, norm_bias, plan.eps)
         u = linear.biased(normed, uvqk_weight[:, :width], uvqk_bias[:width])
-        pre, vqk = linear.activated(normed, uvqk_weight[:, width:], uvqk_bias[width:], keep_pre=not again.vqk)
+        pre, vqk = vqk_of(plan.shape, normed, uvqk_weight, uvqk_bias, keep_pre=not again.vqk)
         if again.norm:
             del normed
         v, q, k = split_vqk(vqk, plan.shape)
@@ -125,7 +126,7 @@ class _Fused(torch.autograd.Function):
             None if again.norm else normed,
             None if again.u else u,
             pre,
-            None if again.silu or again.vqk else vqk,
+            None if again.vqk or (again.silu and pre is not None) else vqk,
             None if again.gate else gated,
         )
         ctx.batch, ctx.plan = batch, plan
@@ -160,16 +161,19 @@ class _Fused(torch.autograd.Function):
         dout_weight = torch.mm(gated.t(), dout)
         del u, gated, missing, attended, dgated
 
-        if pre is None:
-            pre, vqk = linear.activated(normed, uvqk_weight[:, width:], uvqk_bias[width:], keep_pre=True)
-        elif vqk is None:
+        if vqk is None and pre is not None:
             vqk = linear.silu(pre)
+        elif vqk is None:
+            pre, vqk = vqk_of(plan.shape, normed, uvqk_weight, uvqk_bias, keep_pre=True)
         v, q, k = split_vqk(vqk, plan.shape)
         dv, dq, dk = split_vqk(dpre[:, width:], plan.shape)
         shape = (x.shape[0], plan.shape.heads, plan.shape.head_dim)
         plan.attention.backward(dattended.view(shape), q, k, v, ctx.batch, plan.shape.alpha, dq, dk, dv)
         del dattended, vqk, v, q, k
-        linear.silu_gradients(dpre[:, width:], pre, sums[3 * width :])
+        if pre is None:
+            torch.sum(dpre[:, width:], 0, out=sums[3 * width :])
+        else:
+            linear.silu_gradients(dpre[:, width:], pre, sums[3 * width :])
         del pre, dv, dq, dk
 
         duvqk_weight = torch.mm(normed.t(), dpre)
@@ -182,6 +186,16 @@ class _Fused(torch.autograd.Function):
         dout_norm_weight, dout_norm_bias, duvqk_bias = sums.split((width, width, 4 * width))
         gradients = (dnorm_weight, dnorm_bias, duvqk_weight, duvqk_bias)
         return (dx, *gradients, dout_norm_weight, dout_norm_bias, dout_weight, None, None)
+
+
+def vqk_of(
+    shape: Shape, normed: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, keep_pre: bool
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """What SiLU was applied to, None if not kept or if there is no SiLU; v, q and k: both [T, 3 * H * D]."""
+    weight, bias = weight[:, shape.width :], bias[shape.width :]
+    if shape.silu == UVQK:
+        return linear.activated(normed, weight, bias, keep_pre)
+    return None, linear.biased(normed, weight, bias)
 
 
 def split_vqk(vqk: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

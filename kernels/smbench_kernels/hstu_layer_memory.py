@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
-from smbench_kernels.hstu import Shape
+from smbench_kernels.hstu import UVQK, Shape
 from smbench_kernels.hstu_layer import RECOMPUTES, VARIANTS
 from smbench_kernels.hstu_layer_fused import Recompute
 
@@ -41,14 +41,14 @@ def saved_bytes(variant: str, shape: Shape, tokens: int, dtype: torch.dtype) -> 
 
 
 def _fused_columns(again: Recompute, shape: Shape) -> Mapping[str, int]:
-    width = shape.width
+    width, silu = shape.width, shape.silu == UVQK
     kept = {
         "x": shape.embedding,
         "attention": width,
         "normed x": 0 if again.norm else shape.embedding,
         "u before SiLU": 0 if again.u else width,
-        "v, q, k before SiLU": 0 if again.vqk else 3 * width,
-        "v, q, k": 0 if again.silu or again.vqk else 3 * width,
+        "v, q, k before SiLU": 3 * width if silu and not again.vqk else 0,
+        "v, q, k": 0 if again.vqk or (silu and again.silu) else 3 * width,
         "gated": 0 if again.gate else width,
     }
     return {name: columns for name, columns in kept.items() if columns}
@@ -60,7 +60,8 @@ def _native_columns(shape: Shape) -> Mapping[str, int]:
         "x": shape.embedding,
         "normed x": shape.embedding,
         "u, v, q, k before SiLU": 4 * width,
-        "u, v, q, k": 4 * width,
+        # of uvqk, v, q and k are views where they have no SiLU
+        "u, v, q, k": 4 * width if shape.silu == UVQK else width,
         "attention": width,
         "normed attention": width,
         "gated": width,

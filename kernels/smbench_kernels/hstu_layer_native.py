@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from smbench_kernels import hstu_norm
-from smbench_kernels.hstu import EPS, Jagged, Shape, split_uvqk
+from smbench_kernels.hstu import EPS, Jagged, Shape, activated
 from smbench_kernels.hstu_layer_attention import Differentiable
 from smbench_kernels.hstu_norm import Dropout
 
@@ -66,8 +66,7 @@ def _compute(
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
     normed = F.layer_norm(x, (shape.embedding,), params["norm_weight"], params["norm_bias"], eps)
-    uvqk = F.silu(torch.addmm(params["uvqk_bias"], normed, params["uvqk_weight"]))
-    u, v, q, k = split_uvqk(uvqk, shape)
+    u, v, q, k = activated(torch.addmm(params["uvqk_bias"], normed, params["uvqk_weight"]), shape)
     attended = attend(q, k, v, batch, shape.alpha).flatten(1)
     gated = F.layer_norm(attended, (shape.width,), params["out_norm_weight"], params["out_norm_bias"], eps) * u
     if mask is not None:

@@ -1,6 +1,10 @@
-"""hstu_layer: one training step of an HSTU layer, or of several, through PyTorch's autograd. Owns its providers.
+"""hstu_layer, hstu_layer_silu_u: a training step of an HSTU layer, or of several, through autograd. Owns our providers.
 
-The variants are in `hstu_layer`, the definition in `hstu_definition`. A call is a step with gradients that were reset:
+The two differ in what SiLU is applied to: u, v, q and k, as in document 003, or u alone, as in Meta's layer. They are
+two operations and not an axis, since no axis has a default: every cell of the first would have got another identity.
+
+The variants are in `hstu_layer`, the definition in `hstu_definition`, other projects' layers in `hstu_ops_layer_peers`.
+A call is a step with gradients that were reset:
 forward pass, then the gradients of the input and of every parameter in new tensors, which `finish` copies. Its halves
 are what document 003 times: there gradients are added to those of the steps before.
 """
@@ -8,6 +12,7 @@ are what document 003 times: there gradients are added to those of the steps bef
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -39,6 +44,9 @@ OP = Op(
         "fused-ln-silu": "smbench_kernels.hstu_ops_layer:fused_ln_silu",
         "fused-least": "smbench_kernels.hstu_ops_layer:fused_least",
         "fused-none": "smbench_kernels.hstu_ops_layer:fused_none",
+        "nvidia-fused": "smbench_kernels.hstu_ops_layer_peers:nvidia_fused",
+        "nvidia-fused-ln": "smbench_kernels.hstu_ops_layer_peers:nvidia_fused_ln",
+        "nvidia-fused-ln-silu": "smbench_kernels.hstu_ops_layer_peers:nvidia_fused_ln_silu",
     },
     baseline="native",
     redraw=definition.redraw,
@@ -46,23 +54,41 @@ OP = Op(
     pass_work={"forward": definition.layer_forward_work, "backward": definition.layer_backward_work},
 )
 
+SILU_U = replace(
+    OP,
+    name="hstu_layer_silu_u",
+    doc="hstu_layer with SiLU applied to u alone: v, q and k go into the attention as the linear map gives them",
+    reference=partial(definition.layer_reference, silu=hstu.U),
+    providers={
+        "torch": "smbench_kernels.hstu_ops_layer:torch_layer_silu_u",
+        "native": "smbench_kernels.hstu_ops_layer:native_silu_u",
+        "native-attention": "smbench_kernels.hstu_ops_layer:native_attention_silu_u",
+        "fused": "smbench_kernels.hstu_ops_layer:fused_silu_u",
+        "fused-ln": "smbench_kernels.hstu_ops_layer:fused_ln_silu_u",
+        "fused-least": "smbench_kernels.hstu_ops_layer:fused_least_silu_u",
+        "fused-none": "smbench_kernels.hstu_ops_layer:fused_none_silu_u",
+        "meta-fused": "smbench_kernels.hstu_ops_layer_peers:meta_fused",
+        "meta-fused-least": "smbench_kernels.hstu_ops_layer_peers:meta_fused_least",
+    },
+)
 
-def torch_layer(point: Point, inputs: Inputs) -> Prepared:
+
+def torch_layer(point: Point, inputs: Inputs, silu: str = hstu.UVQK) -> Prepared:
     """The definition in the inputs' own dtype, by autograd."""
-    sizes, batch = definition.Sizes.of(point), definition.batch_of(point, inputs)
-    attend = by_sequence(batch, sizes.shape.alpha)
+    shape, batch = definition.layer_shape(point, silu), definition.batch_of(point, inputs)
+    attend = by_sequence(batch, shape.alpha)
 
     def layer(x: torch.Tensor, params: Mapping[str, torch.Tensor], batch: Jagged) -> torch.Tensor:
-        return hstu.layer_reference(x, params, batch, sizes.shape, attention=lambda q, k, v, *_: attend(q, k, v))
+        return hstu.layer_reference(x, params, batch, shape, attention=lambda q, k, v, *_: attend(q, k, v))
 
     return bind(point, inputs, layer, "library")
 
 
-def variant(name: str, point: Point, inputs: Inputs) -> Prepared:
+def variant(name: str, point: Point, inputs: Inputs, silu: str = hstu.UVQK) -> Prepared:
     """A row of `hstu_layer.VARIANTS`. UnsupportedPoint where it needs what is not here."""
     if point["dtype"] == "float32":
         raise UnsupportedPoint("our kernels take float16 and bfloat16")
-    return bind(point, inputs, hstu_layer.layer(name, definition.Sizes.of(point).shape), "default")
+    return bind(point, inputs, hstu_layer.layer(name, definition.layer_shape(point, silu)), "default")
 
 
 native = partial(variant, "native")
@@ -74,6 +100,14 @@ fused_ln = partial(variant, "fused-ln")
 fused_ln_silu = partial(variant, "fused-ln-silu")
 fused_least = partial(variant, "fused-least")
 fused_none = partial(variant, "fused-none")
+
+torch_layer_silu_u = partial(torch_layer, silu=hstu.U)
+native_silu_u = partial(variant, "native", silu=hstu.U)
+native_attention_silu_u = partial(variant, "native-attention", silu=hstu.U)
+fused_silu_u = partial(variant, "fused", silu=hstu.U)
+fused_ln_silu_u = partial(variant, "fused-ln", silu=hstu.U)
+fused_least_silu_u = partial(variant, "fused-least", silu=hstu.U)
+fused_none_silu_u = partial(variant, "fused-none", silu=hstu.U)
 
 
 def bind(point: Point, inputs: Inputs, layer: Layer, source: str) -> Prepared:

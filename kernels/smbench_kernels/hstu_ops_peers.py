@@ -22,7 +22,7 @@ from smbench_kernels.op import Inputs, Point, Prepared, UnsupportedPoint
 
 META = "generative_recommenders.ops.triton.triton_hstu_attention"
 NVIDIA = "ops.triton_ops.triton_hstu_attention"
-CALL = ("triton_hstu_attention_fwd", "triton_hstu_attention_bwd")
+CALLS = ("triton_hstu_attention_fwd", "triton_hstu_attention_bwd")
 TMA_CAPABILITY = (9, 0)
 REMOVED = ("_experimental_descriptor_load", "_experimental_descriptor_store")
 """Meta's kernels name these for a path that is not taken here. Triton 3.6 has removed them and resolves names of dead
@@ -31,12 +31,12 @@ branches as well, so that something has to bear the name."""
 
 def meta_forward(point: Point, inputs: Inputs) -> Prepared:
     """Meta's autotuned kernel on pointers."""
-    return _forward(point, inputs, _triton(META, "generative_recommenders", inputs), {})
+    return _forward(point, inputs, _attention(META, "generative_recommenders", inputs), {})
 
 
 def meta_backward(point: Point, inputs: Inputs) -> Prepared:
     """Meta's autotuned kernel on pointers, whose dq is added up in the inputs' dtype."""
-    return _backward(point, inputs, _triton(META, "generative_recommenders", inputs), {})
+    return _backward(point, inputs, _attention(META, "generative_recommenders", inputs), {})
 
 
 def nvidia_forward(point: Point, inputs: Inputs) -> Prepared:
@@ -44,7 +44,7 @@ def nvidia_forward(point: Point, inputs: Inputs) -> Prepared:
 
     They are copied before the timed call, to its advantage.
     """
-    module = _triton(NVIDIA, "recsys-examples", inputs)
+    module = _attention(NVIDIA, "recsys-examples", inputs)
     scaling = {"scaling_seqlen": int(point["seq_len"])}
     if torch.cuda.get_device_capability(inputs["uvqk"].device) < TMA_CAPABILITY:
         return _forward(point, inputs, module, scaling)
@@ -59,7 +59,7 @@ def nvidia_forward(point: Point, inputs: Inputs) -> Prepared:
 
 def nvidia_backward(point: Point, inputs: Inputs) -> Prepared:
     """NVIDIA's version of Meta's kernel, which does not resolve the default of `scaling_seqlen`: it is given."""
-    module = _triton(NVIDIA, "recsys-examples", inputs)
+    module = _attention(NVIDIA, "recsys-examples", inputs)
     return _backward(point, inputs, module, {"scaling_seqlen": int(point["seq_len"])})
 
 
@@ -85,24 +85,29 @@ def cutlass_backward(point: Point, inputs: Inputs) -> Prepared:
     return _copied(backward, inputs, ("dq", "dk", "dv"), begin)
 
 
-def _triton(name: str, package: str, inputs: Inputs) -> Any:
-    """The module with the two functions. UnsupportedPoint where there is none, or no GPU for it."""
+def _attention(name: str, package: str, inputs: Inputs) -> Any:
+    require(name, package, inputs["uvqk"])
+    return triton_module(name, package, CALLS)
+
+
+def triton_module(name: str, package: str, attributes: tuple[str, ...]) -> Any:
+    """A module with those attributes. UnsupportedPoint where there is none."""
     import triton.language as tl
 
-    _require(name, package, inputs)
     for removed in REMOVED:
         if not hasattr(tl, removed):
             setattr(tl, removed, tl.load)
     try:
         module: Any = importlib.import_module(name)
-        for call in CALL:
-            getattr(module, call)
+        for attribute in attributes:
+            getattr(module, attribute)
     except (ImportError, AttributeError, OSError) as error:
         raise UnsupportedPoint(f"{package} is installed, but not as this provider knows it: {error}") from error
     return module
 
 
-def _require(name: str, package: str, inputs: Inputs) -> None:
+def require(name: str, package: str, on: torch.Tensor) -> None:
+    """UnsupportedPoint where a package has no module of that name, or a tensor is on no GPU."""
     try:
         found = importlib.util.find_spec(name) is not None
     # a parent package that is missing, or another package of the same name
@@ -110,11 +115,11 @@ def _require(name: str, package: str, inputs: Inputs) -> None:
         found = False
     if not found:
         raise UnsupportedPoint(f"{package} is not installed in this stack")
-    if not inputs["uvqk"].is_cuda:
+    if not on.is_cuda:
         raise UnsupportedPoint(f"the HSTU kernels of {package} need an NVIDIA GPU")
 
 
-def _causal_without_context(point: Point) -> None:
+def causal_without_context(point: Point) -> None:
     """UnsupportedPoint for what these Triton kernels do not take."""
     if point["mask"] == "noncausal":
         raise UnsupportedPoint("these kernels are causal")
@@ -131,7 +136,7 @@ def _forward(
     begin: Callable[[], None] = lambda: None,
 ) -> Prepared:
     """The call on q, k and v, which are the inputs' views unless `parts` are given."""
-    _causal_without_context(point)
+    causal_without_context(point)
     q, k, v = parts or definition.split(point, inputs["uvqk"])
     batch, alpha = definition.batch_of(point, inputs), definition.Sizes.of(point).shape.alpha
 
@@ -145,7 +150,7 @@ def _forward(
 
 
 def _backward(point: Point, inputs: Inputs, module: Any, more: dict[str, int]) -> Prepared:
-    _causal_without_context(point)
+    causal_without_context(point)
     q, k, v = definition.split(point, inputs["uvqk"])
     batch, alpha = definition.batch_of(point, inputs), definition.Sizes.of(point).shape.alpha
     gradients = {name: inputs[name] for name in ("dq", "dk", "dv")}

@@ -15,6 +15,7 @@ OPS = {
     "hstu_attention_forward": "smbench_kernels.hstu_ops_attention:FORWARD",
     "hstu_attention_backward": "smbench_kernels.hstu_ops_attention:BACKWARD",
     "hstu_layer": "smbench_kernels.hstu_ops_layer:OP",
+    "hstu_layer_silu_u": "smbench_kernels.hstu_ops_layer:SILU_U",
     "hstu_block": "smbench_kernels.hstu_block_ops:OP",
     "hstu_request": "smbench_kernels.hstu_request_ops:OP",
     "hstu_bookkeeping": "smbench_kernels.hstu_bookkeeping:OP",

@@ -6,13 +6,14 @@ import random
 import sys
 import types
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from smbench_kernels import hstu_layer, hstu_layer_native, hstu_linear, hstu_norm
-from smbench_kernels.hstu import EPS, Jagged, Shape, attention_reference, layer_reference, parameters
+from smbench_kernels.hstu import EPS, UVQK, Jagged, Shape, U, attention_reference, layer_reference, parameters
 from smbench_kernels.hstu_layer_attention import opaque, reference
 from smbench_kernels.hstu_layer_fused import PARAMETERS
 from smbench_kernels.hstu_layer_memory import saved_bytes, saved_tensors
@@ -208,31 +209,35 @@ def values(
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(
-    ("name", "probability", "dtype"),
+    ("name", "probability", "dtype", "silu"),
     [
-        ("jagged", None, torch.bfloat16),
-        ("jagged", 0.3, torch.float16),
-        ("candidates", 0.3, torch.bfloat16),
-        ("both ways", None, torch.float16),
-        ("empty", None, torch.bfloat16),
+        ("jagged", None, torch.bfloat16, UVQK),
+        ("jagged", 0.3, torch.float16, UVQK),
+        ("candidates", 0.3, torch.bfloat16, UVQK),
+        ("both ways", None, torch.float16, UVQK),
+        ("empty", None, torch.bfloat16, UVQK),
+        ("candidates", 0.3, torch.bfloat16, U),
+        ("empty", None, torch.float16, U),
     ],
 )
-def test_every_variant_is_the_layer(name: str, probability: float | None, dtype: torch.dtype, seed: int) -> None:
+def test_every_variant_is_the_layer(
+    name: str, probability: float | None, dtype: torch.dtype, silu: str, seed: int
+) -> None:
     """Output and all gradients against float64; the fused variants agree to the bit, whatever they compute again.
 
     But for the gate's sums over tokens: its kernel has other tiles where it writes its output again.
     """
-    batch = BATCHES[name]
+    batch, shape = BATCHES[name], replace(SHAPE, silu=silu)
     tokens = int(batch.offsets[-1])
     x, dout = torch.randn(2, tokens, SHAPE.embedding).to(dtype)
     params = parameters(SHAPE, seed, CPU, dtype)
     dropout = None if probability is None else dropping(probability, seed)
     mask = None if dropout is None else hstu_norm.mask(dropout, tokens, SHAPE.width, torch.float32).double()
     wide = {key: value.double() for key, value in params.items()}
-    truth = values(layer_reference, x.double(), wide, dout, batch, SHAPE, EPS, mask)
+    truth = values(layer_reference, x.double(), wide, dout, batch, shape, EPS, mask)
     first: dict[str, torch.Tensor] = {}
     for variant in VARIANTS:
-        found = values(hstu_layer.layer(variant, SHAPE, dropout=dropout, attention=reference()), x, params, dout, batch)
+        found = values(hstu_layer.layer(variant, shape, dropout=dropout, attention=reference()), x, params, dout, batch)
         for key, expected in truth.items():
             assert found[key].dtype == dtype
             assert error(found[key], expected) <= 2.5 * ROUNDING[dtype], (variant, key)
@@ -255,9 +260,10 @@ def test_a_stack_of_layers(seed: int) -> None:
         stack(x, params[:1], batch)
 
 
+@pytest.mark.parametrize("silu", [UVQK, U])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_what_is_saved_is_what_is_counted(variant: str, seed: int) -> None:
-    batch = BATCHES["jagged"]
+def test_what_is_saved_is_what_is_counted(variant: str, silu: str, seed: int) -> None:
+    batch, shape = BATCHES["jagged"], replace(SHAPE, silu=silu)
     dtype = torch.float32 if variant.startswith("native") else torch.bfloat16
     x = torch.randn(33, SHAPE.embedding).to(dtype).requires_grad_()
     params = {k: v.requires_grad_() for k, v in parameters(SHAPE, seed, CPU, dtype).items()}
@@ -271,8 +277,8 @@ def test_what_is_saved_is_what_is_counted(variant: str, seed: int) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = hstu_layer.layer(variant, SHAPE, attention=reference())(x, params, batch)
-    assert sum(saved.values()) == saved_bytes(variant, SHAPE, 33, dtype)
+        out = hstu_layer.layer(variant, shape, attention=reference())(x, params, batch)
+    assert sum(saved.values()) == saved_bytes(variant, shape, 33, dtype)
     assert out.shape == x.shape
 
 
