@@ -6,6 +6,7 @@ vLLM stands here as a recording of its interface, since most of this needs a GPU
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import sys
 from collections.abc import Mapping
@@ -147,8 +148,20 @@ def test_a_server_of_vllm_gets_the_same(vllm: ModuleType) -> None:
     assert {option: words[words.index(option) + 1] for option in wanted} == wanted
     assert "--no-enable-prefix-caching" in words and "--skip-tokenizer-init" not in words
     # its core is a process of its own there
-    assert served.environment == {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    assert served.environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
     assert served.version == "0.32.0"
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_server_samples_as_the_engine_does_here(
+    vllm: ModuleType, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    """A server starts where no engine did before, so that nothing may hang on what an earlier cell has set."""
+    monkeypatch.delenv("VLLM_USE_FLASHINFER_SAMPLER", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    asked = setup(workload="online", scheduling="default", chunk_tokens=0)
+    served = vllm_driver.serve_command(asked, "127.0.0.1", 4321)
+    assert served.environment.get("VLLM_USE_FLASHINFER_SAMPLER") == (None if installed else "0")
 
 
 class Stepped:

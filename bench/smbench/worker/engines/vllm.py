@@ -81,11 +81,15 @@ NOT_OF_A_SERVER = ("skip_tokenizer_init", "disable_log_stats")
 
 def preload() -> None:
     """Import vLLM's engine and the model's code, which takes 10 to 20 s."""
-    if importlib.util.find_spec("flashinfer") is None:
-        os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    os.environ.update(_sampler())
     from vllm import LLM, EngineArgs, SamplingParams  # noqa: F401
     from vllm.model_executor.models import qwen2  # noqa: F401
     from vllm.v1.engine.llm_engine import LLMEngine  # noqa: F401
+
+
+def _sampler() -> dict[str, str]:
+    """Has vLLM sample without FlashInfer where that is not installed: it would import it all the same."""
+    return {} if importlib.util.find_spec("flashinfer") else {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
 
 
 def start(setup: Setup) -> Vllm:
@@ -115,7 +119,7 @@ def serve_command(setup: Setup, host: str, port: int) -> ServeCommand:
         version=_version(),
         settings=plain(arguments),
         # as vLLM runs it: the core in a process of its own, beside the one that answers HTTP
-        environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        environment={"VLLM_ENABLE_V1_MULTIPROCESSING": "1", **_sampler()},
     )
 
 
