@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from smbench_kernels import hstu
+from smbench_kernels import hstu, hstu_paged_sm90, kv_copy_engine
 from smbench_kernels import hstu_paged_attention as paged
+from smbench_kernels.hstu_attention_sm90_kernels import HEAD_DIM
 from smbench_kernels.hstu_block import Block, widened
-from smbench_kernels.hstu_graphs import Graphs, HostBatch, PaddedShape
-from smbench_kernels.hstu_paged import append_reference, paged_attention_reference
+from smbench_kernels.hstu_graphs import Graphs, HostBatch, PaddedShape, empty_batch
+from smbench_kernels.hstu_paged import PagedBatch, append_reference, paged_attention_reference
 from smbench_kernels.kv_cache import KVCache, Step
-from smbench_kernels.kv_store import PinnedStore, Sizes
+from smbench_kernels.kv_copies import WAYS, Mover
+from smbench_kernels.kv_staging import DEPTH
+from smbench_kernels.kv_store import Lease, PinnedStore, Sizes
 from smbench_kernels.op import Point
 from smbench_kernels.registry import op as find_op
 
@@ -80,13 +83,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("page_size", [16, 32, 128])
-@pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.bfloat16), (80, torch.float16), (256, torch.bfloat16)])
-@pytest.mark.parametrize("case", CASES)
-def test_paged_attention_is_its_definition(
-    case: str, head_dim: int, dtype: torch.dtype, page_size: int, seed: int
-) -> None:
-    sequences = CASES[case]
+def paged_batch(
+    sequences: list[tuple[int, int, int]], page_size: int, longest: int = LONGEST
+) -> tuple[PagedBatch, int]:
+    """(cached, new, candidates) of each user over pages in random order, and how many pages there are."""
     totals = [cached + new for cached, new, _ in sequences]
     pages = [-(-total // page_size) for total in totals]
     rows = [new + targets for _, new, targets in sequences]
@@ -98,11 +98,22 @@ def test_paged_attention_is_its_definition(
         np.cumsum([0, *pages], dtype=np.int32),
         ids,
     )
-    batch = host.batch(page_size, max(1, *rows), LONGEST, device())
+    return host.batch(page_size, max(1, *rows), longest, device()), sum(pages) + 3
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 128])
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.bfloat16), (80, torch.float16), (256, torch.bfloat16)])
+@pytest.mark.parametrize("case", CASES)
+def test_paged_attention_is_its_definition(
+    case: str, head_dim: int, dtype: torch.dtype, page_size: int, seed: int
+) -> None:
+    sequences = CASES[case]
+    batch, pages = paged_batch(sequences, page_size)
+    rows = int(batch.offsets[-1])
     heads = 2
-    v, q, k = torch.randn((sum(rows) + 5, 3 * heads * head_dim), device=device()).to(dtype).split(heads * head_dim, 1)
+    v, q, k = torch.randn((rows + 5, 3 * heads * head_dim), device=device()).to(dtype).split(heads * head_dim, 1)
     v, q, k = (part.unflatten(1, (heads, head_dim)) for part in (v, q, k))
-    cache = torch.randn((sum(pages) + 3, 2, page_size, heads, head_dim), device=device()).to(dtype)
+    cache = torch.randn((pages, 2, page_size, heads, head_dim), device=device()).to(dtype)
     truth = cache.double()
     append_reference(truth, k.double(), v.double(), batch)
     expected = paged_attention_reference(q.double(), k.double(), v.double(), truth, batch, head_dim**-0.5)
@@ -110,8 +121,97 @@ def test_paged_attention_is_its_definition(
     torch.testing.assert_close(cache.double(), truth, rtol=0, atol=0)
     out = torch.full_like(q, 7.0)
     paged.attend(q, k, v, cache, batch, head_dim**-0.5, out=out)
-    assert error(out[: sum(rows)], expected[: sum(rows)]) < 1e-2
-    assert bool((out[sum(rows) :] == 7.0).all())
+    assert error(out[:rows], expected[:rows]) < 1e-2
+    assert bool((out[rows:] == 7.0).all())
+
+
+HOPPER_CASES = {
+    **CASES,
+    "a document's batch": [(3968, 128, 256)] * 2,
+    "long and short": [(2003, 131, 300), (0, 0, 0), (15, 1, 0), (1040, 0, 129), (64, 64, 64), (0, 0, 0)],
+    "new rows by the thousand": [(0, 1500, 40), (200, 900, 0)],
+    # more strips than a card has multiprocessors, so that none is cut
+    "many users": [(100 + 37 * user, 290 - 9 * user, 3 * user) for user in range(30)],
+}
+HOPPER_ERROR = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
+LONGEST_ON_HOPPER = 8192
+
+
+@pytest.mark.parametrize("page_size", hstu_paged_sm90.PAGE_SIZES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", HOPPER_CASES)
+def test_hopper_appends_and_attends_in_one_launch(case: str, dtype: torch.dtype, page_size: int, seed: int) -> None:
+    """What nobody may see is no number: pages beyond the cached tokens, and rows of no sequence."""
+    sequences, heads, head_dim = HOPPER_CASES[case], 4, HEAD_DIM
+    batch, pages = paged_batch(sequences, page_size, LONGEST_ON_HOPPER)
+    rows = int(batch.offsets[-1])
+    uvqk = torch.randn((rows + 70, 4 * heads * head_dim), device=device()).to(dtype)
+    uvqk[rows:] = torch.nan
+    v, q, k = (part.unflatten(1, (heads, head_dim)) for part in uvqk.split(heads * head_dim, 1)[1:])
+    drawn = torch.randn((pages, 2, page_size, heads, head_dim), device=device()).to(dtype)
+    cache = torch.full_like(drawn, torch.nan)
+    for sequence in batch.sequences():
+        token = torch.arange(sequence.cached, device=device())
+        at = batch.page_ids[sequence.first_page + token // page_size].long()
+        cache[at, :, token % page_size] = drawn[at, :, token % page_size]
+    if reason := hstu_paged_sm90.supports(q, k, v, cache, batch):
+        pytest.skip(reason)
+    truth = cache.double()
+    append_reference(truth, k.double(), v.double(), batch)
+    expected = paged_attention_reference(q.double(), k.double(), v.double(), truth, batch, 1 / 16)
+    workspace = hstu_paged_sm90.Workspace.on(device())
+    workspace.sums.fill_(torch.nan)
+    found = []
+    for appends in (True, True, False):
+        out = torch.full((rows + 70, heads + 1, head_dim), 7.0, dtype=dtype, device=device())
+        hstu_paged_sm90.attend(q, k, v, cache, batch, 1 / 16, out[:, 1:], appends=appends, workspace=workspace)
+        found.append(out)
+        assert int(workspace.counters.abs().sum()) == 0
+    torch.testing.assert_close(cache.double(), truth, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert bool((found[0][rows:] == 7.0).all()) and bool((found[0][:, 0] == 7.0).all())
+    for sequence in batch.sequences():
+        part = slice(sequence.start, sequence.start + sequence.new + sequence.targets)
+        if part.stop > part.start:
+            # of a few rows the roundings are not averaged
+            bound = HOPPER_ERROR[dtype] * (3 if part.stop - part.start < 8 else 1)
+            assert error(found[0][part, 1:], expected[part]) < bound
+
+
+def test_hopper_serves_other_steps_from_one_graph(seed: int) -> None:
+    """A graph knows the room for users and rows; lengths, candidates and pages come with each step."""
+    heads, head_dim, page_size = 4, HEAD_DIM, 32
+    shape = PaddedShape(4, 400)
+    batch = empty_batch(shape, page_size, LONGEST_ON_HOPPER, device())
+    uvqk = torch.zeros((shape.all_rows, 4 * heads * head_dim), dtype=torch.bfloat16, device=device())
+    v, q, k = (part.unflatten(1, (heads, head_dim)) for part in uvqk.split(heads * head_dim, 1)[1:])
+    cache = torch.randn((600, 2, page_size, heads, head_dim), device=device()).to(torch.bfloat16)
+    if reason := hstu_paged_sm90.supports(q, k, v, cache, batch):
+        pytest.skip(reason)
+    workspace, out = hstu_paged_sm90.Workspace.on(device()), torch.empty_like(q)
+
+    def step() -> None:
+        hstu_paged_sm90.attend(q, k, v, cache, batch, 1 / 16, out, appends=True, workspace=workspace)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for sequences in ([(3968, 128, 256)], [(77, 5, 8), (0, 400, 0), (2000, 1, 399)], [(0, 0, 0)], [(31, 100, 1)] * 4):
+        totals = [cached + new for cached, new, _ in sequences]
+        pages = np.cumsum([0, *(-(-total // page_size) for total in totals)], dtype=np.int32)
+        rows = np.cumsum([0, *(new + targets for _, new, targets in sequences)], dtype=np.int32)
+        targets = np.array([targets for *_, targets in sequences], np.int32)
+        ids = torch.randperm(600)[: pages[-1]].int().numpy()
+        HostBatch(rows, targets, np.array(totals, np.int32), pages, ids).fill(batch)
+        uvqk.normal_()
+        out.fill_(7.0)
+        graph.replay()
+        expected = paged_attention_reference(q.double(), k.double(), v.double(), cache.double(), batch, 1 / 16)
+        assert bool((out[rows[-1] :] == 7.0).all())
+        if rows[-1]:
+            assert error(out[: rows[-1]], expected[: rows[-1]]) < HOPPER_ERROR[torch.bfloat16]
 
 
 @pytest.mark.parametrize("graphs", [False, True])
@@ -165,6 +265,68 @@ def test_users_evicted_while_copies_are_under_way_lose_nothing(overlap: bool, gr
     assert sources == {"none", "device", "host"} and counts["evicted_users"] > 5
     assert counts["onload_ns"] > 0 and counts["offload_ns"] > 0
     assert cache.table.leaving_pages == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("to_host", [False, True])
+@pytest.mark.parametrize("page_size", [2, 32, 96])
+def test_pages_move_between_host_and_device_to_the_bit(page_size: int, to_host: bool, way: str, seed: int) -> None:
+    """Pages of less than a tile and of several; what is not named keeps what it had."""
+    if way == "engine" and not kv_copy_engine.works(device()):
+        pytest.skip("this driver has no cuMemcpyBatchAsync")
+    sizes = Sizes(layers=3, heads=4, head_dim=192, page_size=page_size, dtype=torch.bfloat16)
+    chunk_pages, users, pages = 4, 5, 40
+    store = PinnedStore(sizes, users, chunk_pages * page_size, pinned=True)
+    leases = [store.room(user, 1) for user in range(users)]
+    addresses = np.concatenate([lease.addresses for lease in leases if lease])[[3, 0, 4]]
+    pool = torch.randn((sizes.layers, pages, *sizes.page_shape), device=device()).to(sizes.dtype)
+    # the chunks as one tensor: they lie in one block
+    host = store._blocks[0].view(sizes.dtype).view(users, sizes.layers, chunk_pages, *sizes.page_shape)
+    host.copy_(torch.randn(host.shape, device=device()).to(sizes.dtype))
+    at = {int(lease.addresses[0]): index for index, lease in enumerate(sorted(filter(None, leases), key=_address))}
+    chunks = [at[int(address)] for address in addresses]
+    ids = torch.randperm(pages)[: len(chunks) * chunk_pages].int()
+    expected = (host if to_host else pool).clone()
+    for i, chunk in enumerate(chunks):
+        own = ids[i * chunk_pages : (i + 1) * chunk_pages].long()
+        if to_host:
+            expected[chunk] = pool[:, own].cpu()
+        else:
+            expected[:, own] = host[chunk].to(device())
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream(device())):
+        mover = Mover(pool, chunk_pages, to_host, way)
+        mover.take(addresses, ids.numpy())
+        if to_host:
+            mover.all_layers()
+        else:
+            for layer in range(sizes.layers):
+                mover.layer(layer)
+    torch.cuda.synchronize()
+    assert torch.equal(host if to_host else pool, expected)
+
+
+def _address(lease: Lease) -> int:
+    return int(lease.addresses[0])
+
+
+def test_a_step_s_page_table_is_its_own_however_far_the_host_is_ahead() -> None:
+    """More steps than buffers on the host, all enqueued behind a kernel that keeps the device busy."""
+    batch = empty_batch(PaddedShape(2, 8), 16, 512, device())
+    buffer = batch.offsets.as_strided((16 + 2 * 32,), (1,))
+    pairs, triples = ([np.full(n, step, np.int32) for step in range(3 * DEPTH)] for n in (2, 3))
+    steps = [
+        HostBatch(three, two, two, three, np.full(20 + index, index, np.int32))
+        for index, (two, three) in enumerate(zip(pairs, triples, strict=True))
+    ]
+    torch.cuda._sleep(200_000_000)
+    found = []
+    for step in steps:
+        step.fill(batch)
+        found.append(buffer.clone())
+    for index, (words, step) in enumerate(zip(found, steps, strict=True)):
+        used = words[16 : 16 + len(step.page_ids)]
+        assert used.tolist() == step.page_ids.tolist() and int(words[0]) == index
 
 
 def test_graphs_by_layer_and_of_all_layers_agree_with_single_kernels(seed: int) -> None:

@@ -122,3 +122,8 @@ def test_linear_maps_by_every_way(tokens: int, depth: int, columns: int, way: st
     assert torch.equal(hstu_linear.silu(pre), y)
     assert torch.equal(hstu_linear.activated(x, weight, bias, False, way)[1], y)
     assert error(hstu_linear.added(x, weight, residual, way), product + residual.double()) <= 4e-3
+    config = hstu_linear.soonest(tokens, columns, 132)
+    assert error(hstu_linear.added(x, weight, residual, way, config), product + residual.double()) <= 4e-3
+    partly = hstu_linear.partly_activated(x, weight, bias, 200, way)
+    expected = torch.cat([(product + bias)[:, :200], torch.nn.functional.silu(product + bias)[:, 200:]], dim=1)
+    assert error(partly, expected) <= 4e-3

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +14,7 @@ from hypothesis import strategies as st
 from smbench_kernels.hstu_paged import PagedBatch, append_reference
 from smbench_kernels.kv_cache import KVCache, Step
 from smbench_kernels.kv_pages import CacheFull
+from smbench_kernels.kv_staging import Slot, Staging
 from smbench_kernels.kv_store import PinnedStore, Sizes
 
 SIZES = Sizes(layers=2, heads=2, head_dim=4, page_size=4, dtype=torch.float32)
@@ -144,3 +149,106 @@ def test_a_step_that_does_not_fit_leaves_everything_as_it_was() -> None:
 def test_chunks_are_whole_pages() -> None:
     with pytest.raises(ValueError, match="10 tokens is no whole number of pages of 4"):
         PinnedStore(SIZES, 4, 10, pinned=False)
+
+
+class LateEvent:
+    """An event of a device that is sometimes done and sometimes not yet, until somebody waits for it."""
+
+    order = random.Random()
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.timing, self.waited = enable_timing, False
+
+    def record(self, stream: LateStream) -> None:
+        assert isinstance(stream, LateStream)
+        self.waited = False
+
+    def query(self) -> bool:
+        self.waited = self.waited or self.order.random() < 0.3
+        return self.waited
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+    def elapsed_time(self, other: LateEvent) -> float:
+        assert self.timing and other.timing and other.waited
+        return 0.5
+
+
+class LateStream:
+    """A stream whose work is done when it is enqueued, and says so later."""
+
+    def __init__(self, *_sizes: object, **_options: object) -> None:
+        self.awaited: list[LateEvent] = []
+
+    def wait_event(self, event: LateEvent) -> None:
+        self.awaited.append(event)
+
+
+@pytest.mark.parametrize("chunks", [4, 9, 40])
+def test_nothing_is_lost_or_kept_while_copies_are_under_way(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bookkeeping of a device whose copies are done late, whenever that is; copies themselves are a GPU's test."""
+    seed = random.randrange(2**31)
+    LateEvent.order = random.Random(seed)
+    for name, value in (("Event", LateEvent), ("Stream", LateStream)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: LateStream())
+    for pages in range(12, 24):
+        cache = cache_of(pages, chunks)
+        # as on a device, but over memory of the host
+        cache._in, cache._out = LateStream(), LateStream()  # type: ignore[assignment]
+        histories: dict[int, int] = {}
+        for _ in range(25):
+            users = LateEvent.order.sample(range(6), LateEvent.order.choice([1, 2, 3]))
+            totals = [histories.get(user, 0) + LateEvent.order.randrange(10) for user in users]
+            if sum(-(-total // SIZES.page_size) for total in totals) > pages:
+                continue
+            run(cache, users, totals)
+            histories.update(zip(users, totals, strict=True))
+            owned = sum(len(cache.table.pages_of(user)) for user in cache.table)
+            assert owned + cache.table.free_pages + cache.table.leaving_pages == pages, f"seed {seed}"
+        cache.drain()
+        assert cache.table.leaving_pages == 0
+        # whoever is left is claimed by nobody: all pages can be had at once
+        last = cache.begin([100], [pages * SIZES.page_size])
+        assert len(last.page_ids) == pages and last.cached == [0], f"seed {seed}"
+
+
+def test_a_buffer_is_not_written_again_before_its_copy_is_done() -> None:
+    staging = Staging(CPU, depth=2)
+    slots = [staging.take(8) for _ in range(2)]
+    for slot in slots:
+        event = LateEvent()
+        event.order = random.Random(0)
+        slot._copied, slot._pending = event, True  # type: ignore[assignment]
+    again = [staging.take(4), staging.take(5000)]
+    assert again == slots and all(slot._copied.waited for slot in slots)  # type: ignore[union-attr]
+    assert len(slots[1].words) >= 5000
+    target = torch.zeros(3, dtype=torch.int32)
+    plain = Slot(cuda=False)
+    plain.words[:3] = np.array([4, 5, 6])
+    plain.send(target)
+    assert target.tolist() == [4, 5, 6]
+
+
+def test_a_repeated_step_waits_for_its_own_users_copies_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    never = random.Random()
+    monkeypatch.setattr(never, "random", lambda: 1.0)
+    LateEvent.order = never
+    for name, value in (("Event", LateEvent), ("Stream", LateStream)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: LateStream())
+    cache = cache_of(pages=20, chunks=9)
+    cache._in, cache._out = LateStream(), LateStream()  # type: ignore[assignment]
+    for user in (1, 2, 3):
+        run(cache, [user], [16])
+    cache.rewind(1, 8, 8)
+    assert [transfer.of(3) for transfer in cache._transfers] == [False, True]
+    assert (cache.table.tokens(1), cache.table.tokens(3)) == (8, 16)
+    left = [transfer.done for transfer in cache._transfers]
+    assert not any(event.query() for event in left)
+    # the host's memory may be somebody else's as soon as the cache is gone
+    del cache
+    assert left and all(event.query() for event in left)

@@ -22,24 +22,39 @@ def tensor_map(tensor: torch.Tensor, rows: int) -> ctypes.Array[ctypes.c_char]:
     Coordinates are (column, head, token); what lies past the last token reads as 0. RuntimeError with the driver's
     error where the tensor's strides or address do not fit.
     """
-    return _encoded(tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype, rows)
+    tokens, heads, head_dim = tensor.shape
+    token, head, _ = tensor.stride()
+    return _encoded(tensor.data_ptr(), tensor.dtype, (head_dim, heads, tokens), (head, token), (CHUNK, 1, rows))
+
+
+def page_map(cache: torch.Tensor, rows: int) -> ctypes.Array[ctypes.c_char]:
+    """The same for `rows` tokens within a page of [pages, 2, page_size, heads, head_dim], contiguous.
+
+    Coordinates are (column, head, token of the page, twice the page, and one more for values). Tokens below 0 and from
+    `page_size` on read as 0.
+    """
+    pages, halves, page_size, heads, head_dim = cache.shape
+    _, half, token, head, _ = cache.stride()
+    sizes = (head_dim, heads, page_size, pages * halves)
+    return _encoded(cache.data_ptr(), cache.dtype, sizes, (head, token, half), (CHUNK, 1, rows, 1))
 
 
 @lru_cache(maxsize=1024)
 def _encoded(
-    address: int, shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, rows: int
+    address: int, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], box: tuple[int, ...]
 ) -> ctypes.Array[ctypes.c_char]:
-    tokens, heads, head_dim = shape
-    sizes = (ctypes.c_uint64 * 3)(head_dim, heads, tokens)
-    strides = (ctypes.c_uint64 * 2)(stride[1] * dtype.itemsize, stride[0] * dtype.itemsize)
-    box = (ctypes.c_uint32 * 3)(CHUNK, 1, rows)
-    steps = (ctypes.c_uint32 * 3)(1, 1, 1)
+    """`shape` and `box` from the dimension of adjacent elements on, `stride` of the others, in elements."""
+    rank = len(shape)
+    sizes = (ctypes.c_uint64 * rank)(*shape)
+    strides = (ctypes.c_uint64 * (rank - 1))(*(elements * dtype.itemsize for elements in stride))
+    boxes = (ctypes.c_uint32 * rank)(*box)
+    steps = (ctypes.c_uint32 * rank)(*(1 for _ in shape))
     room = (ctypes.c_char * (MAP_BYTES + MAP_ALIGNMENT))()
     kind = BFLOAT16 if dtype == torch.bfloat16 else FLOAT16
     encoded = (ctypes.c_char * MAP_BYTES).from_buffer(room, -ctypes.addressof(room) % MAP_ALIGNMENT)
     nvrtc._driver_call(
         "cuTensorMapEncodeTiled",
-        *(ctypes.byref(encoded), kind, 3, ctypes.c_void_p(address), sizes, strides, box, steps),
+        *(ctypes.byref(encoded), kind, rank, ctypes.c_void_p(address), sizes, strides, boxes, steps),
         *(0, SWIZZLE_128_BYTES, PROMOTE_TO_256_BYTES, 0),
     )
     return encoded

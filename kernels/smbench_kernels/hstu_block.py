@@ -7,7 +7,7 @@ truth. Weights are those of the training layer (`hstu.parameters`), dropout is o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,6 +16,7 @@ from smbench_kernels import hstu_norm as norm
 from smbench_kernels import hstu_paged_attention as paged
 from smbench_kernels.hstu import EPS, Attend, Shape, layer_around
 from smbench_kernels.hstu_paged import PagedBatch, append_reference, paged_attention_reference
+from smbench_kernels.hstu_paged_sm90 import Workspace, on_card
 
 Parameters = Mapping[str, torch.Tensor]
 Wait = Callable[[int], None]
@@ -24,10 +25,11 @@ Wait = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Layers of one shape."""
+    """Layers of one shape. On one device for one stream at a time: steps share a workspace."""
 
     shape: Shape
     layers: Sequence[Parameters]
+    _workspaces: dict[torch.device, Workspace] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __call__(
         self, x: torch.Tensor, batch: PagedBatch, pool: torch.Tensor, wait: Wait | None = None
@@ -46,8 +48,17 @@ class Block:
         """
         params = self.layers[index]
         if x.device.type == "cuda":
-            return layer_by_kernels(x, params, self.shape, _over_pages(cache, batch, self.shape.alpha))
+            attend = _over_pages(cache, batch, self.shape.alpha, self._workspace(x.device))
+            return layer_by_kernels(x, params, self.shape, attend)
         return layer_around(x, params, self.shape, _over_pages_torch(cache, batch, self.shape.alpha))
+
+    def _workspace(self, device: torch.device) -> Workspace | None:
+        """Made by the first step, which therefore must not be one that a graph captures."""
+        if not on_card(device):
+            return None
+        if device not in self._workspaces:
+            self._workspaces[device] = Workspace.on(device)
+        return self._workspaces[device]
 
 
 def layer_by_kernels(x: torch.Tensor, params: Parameters, shape: Shape, attend: Attend) -> torch.Tensor:
@@ -56,18 +67,18 @@ def layer_by_kernels(x: torch.Tensor, params: Parameters, shape: Shape, attend: 
     weight, bias = params["uvqk_weight"], params["uvqk_bias"]
     normed, _ = norm.forward(x, params["norm_weight"], params["norm_bias"], EPS)
     # the gate's kernel applies SiLU to u itself
-    u = linear.biased(normed, weight[:, :width], bias[:width])
-    _, vqk = linear.activated(normed, weight[:, width:], bias[width:], keep_pre=False)
-    v, q, k = (part.unflatten(1, heads) for part in vqk.split(width, dim=1))
+    uvqk = linear.partly_activated(normed, weight, bias, first=width)
+    u, *vqk = uvqk.split(width, dim=1)
+    v, q, k = (part.unflatten(1, heads) for part in vqk)
     attended = attend(q, k, v).flatten(1)
     gated, _ = norm.gate(attended, u, params["out_norm_weight"], params["out_norm_bias"], EPS, None)
-    return linear.added(gated, params["out_weight"], x)
+    out_weight = params["out_weight"]
+    return linear.added(gated, out_weight, x, config=linear.for_rows(gated, out_weight))
 
 
-def _over_pages(cache: torch.Tensor, batch: PagedBatch, alpha: float) -> Attend:
+def _over_pages(cache: torch.Tensor, batch: PagedBatch, alpha: float, workspace: Workspace | None) -> Attend:
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        paged.append(cache, k, v, batch)
-        return paged.attend(q, k, v, cache, batch, alpha)
+        return paged.append_and_attend(q, k, v, cache, batch, alpha, workspace)
 
     return attend
 

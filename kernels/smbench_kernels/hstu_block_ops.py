@@ -22,6 +22,7 @@ from smbench_kernels.hstu_block_definition import Sizes
 from smbench_kernels.hstu_definition import PARAMETERS
 from smbench_kernels.hstu_graphs import Captured, Graphs, HostBatch, PaddedShape
 from smbench_kernels.hstu_paged import PagedBatch
+from smbench_kernels.kv_copies import Mover
 from smbench_kernels.kv_store import Sizes as CacheSizes
 from smbench_kernels.op import Config, Inputs, Op, Point, Prepared, UnsupportedPoint
 
@@ -85,8 +86,10 @@ class _Cached:
     """What fills the pages before a step: all cached tokens as new ones."""
     host: torch.Tensor | None
     """With source `host`: [layers, users' cached pages, 2, page_size, heads, head_dim], pinned where there is a GPU."""
-    ids: Sequence[torch.Tensor]
+    ids: Sequence[npt.NDArray[np.int32]]
     """Of each set the pages that are brought in."""
+    mover: Mover | None
+    """What brings them, all of them as one chunk."""
     turn: int = 0
     counted: Counter[str] = field(default_factory=Counter)
 
@@ -101,7 +104,7 @@ class _Cached:
         pool = torch.empty((sizes.layers, count, *cache.page_shape), dtype=sizes.dtype, device=device)
         steps = [_batch(sizes, ids, sizes.total, sizes.new, sizes.targets) for ids in sets]
         fills = [_batch(sizes, ids, sizes.cached, sizes.cached, 0) for ids in sets]
-        host, brought = None, []
+        host, mover, brought = None, None, []
         if sizes.source == "host":
             per_user = sizes.cached // sizes.page_size
             if per_user * sizes.page_size != sizes.cached:
@@ -110,11 +113,9 @@ class _Cached:
                 raise UnsupportedPoint("nothing is cached, so nothing is brought in")
             shape = (sizes.layers, sizes.batch * per_user, *cache.page_shape)
             host = torch.empty(shape, dtype=sizes.dtype, pin_memory=device.type == "cuda")
-            brought = [
-                torch.from_numpy(ids.reshape(sizes.batch, -1)[:, :per_user].reshape(-1).astype(np.int64)).to(device)
-                for ids in sets
-            ]
-        return cls(sizes, inputs, block_of(sizes, inputs), pool, steps, fills, host, brought)
+            mover = Mover(pool, shape[1], to_host=False)
+            brought = [ids.reshape(sizes.batch, -1)[:, :per_user].reshape(-1) for ids in sets]
+        return cls(sizes, inputs, block_of(sizes, inputs), pool, steps, fills, host, brought, mover)
 
     def begin(self) -> None:
         """Fill the pages from the input; what is to come from the host is there afterwards, and nowhere else."""
@@ -126,7 +127,7 @@ class _Cached:
         for fill in self.fills:
             self.block(history.contiguous(), self.on_device(fill, sizes.cached), self.pool)
         if self.host is not None:
-            self.host.copy_(self.pool[:, self.ids[0]])
+            self.host.copy_(self.pool[:, torch.from_numpy(self.ids[0]).long().to(self.pool.device)])
             self.pool.fill_(torch.nan)
 
     def on_device(self, batch: HostBatch, rows: int) -> PagedBatch:
@@ -149,10 +150,11 @@ class _Cached:
         """The step's rows, contiguous [batch * (new + targets), E]."""
         return definition.step_rows(self.sizes, self.inputs["x"]).flatten(0, 1)
 
-    def bring(self, turn: int, layer: int) -> None:
-        """Enqueue the copies of one layer from the host into a set's pages, on the current stream."""
-        assert self.host is not None
-        self.pool[layer].index_copy_(0, self.ids[turn], self.host[layer].to(self.pool.device, non_blocking=True))
+    def aim(self, turn: int) -> Mover:
+        """What brings the layers of a step from the host into a set's pages, on the current stream."""
+        assert self.host is not None and self.mover is not None
+        self.mover.take(np.array([self.host.data_ptr()], np.int64), self.ids[turn])
+        return self.mover
 
 
 class _Onload:
@@ -161,7 +163,7 @@ class _Onload:
     def __init__(self, cached: _Cached, overlap: bool) -> None:
         self._cached, self._overlap = cached, overlap
         device = cached.pool.device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._arrived: list[torch.cuda.Event] = []
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -173,8 +175,7 @@ class _Onload:
         counted["onloaded_bytes"] += host.nbytes
         if self._stream is None:
             began = time.perf_counter_ns()
-            for layer in layers:
-                self._cached.bring(turn, layer)
+            self._cached.aim(turn).all_layers()
             counted["onload_ns"] += time.perf_counter_ns() - began
             return
         current = torch.cuda.current_stream(self._cached.pool.device)
@@ -184,8 +185,9 @@ class _Onload:
         begun = torch.cuda.Event(enable_timing=True)
         begun.record(self._stream)
         with torch.cuda.stream(self._stream):
+            mover = self._cached.aim(turn)
             for layer in layers:
-                self._cached.bring(turn, layer)
+                mover.layer(layer)
                 event = torch.cuda.Event(enable_timing=layer == layers[-1])
                 event.record(self._stream)
                 self._arrived.append(event)
@@ -222,7 +224,7 @@ def _with_cache(point: Point, inputs: Inputs, overlap: bool) -> Prepared:
             y = cached.block(cached.rows(), batch, cached.pool, onload.wait)
         inputs["y"].copy_(y)
 
-    # a copy from pageable memory, as the step's page table is, cannot be captured
+    # the host writes each step's page table anew, which a graph would not repeat
     return Prepared(run, {}, "default", begin=cached.begin, capturable=False, counts=onload.counts)
 
 

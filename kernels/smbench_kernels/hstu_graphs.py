@@ -17,6 +17,7 @@ import torch
 
 from smbench_kernels.hstu_block import Block, Wait
 from smbench_kernels.hstu_paged import PagedBatch
+from smbench_kernels.kv_staging import staging
 from smbench_kernels.launch import ceil_div
 
 
@@ -132,38 +133,43 @@ class HostBatch:
     def fill(self, batch: PagedBatch) -> None:
         """Write it into the buffers of a batch of at least as many sequences; those beyond have no row.
 
-        One copy from the host: all buffers of `empty_batch` lie in one.
+        One copy on the current stream, which nothing here waits for: all buffers of `empty_batch` lie in one.
         """
-        target = _block_of(batch)
-        if len(self.page_ids) > batch.page_ids.numel():
-            raise ValueError(f"{len(self.page_ids)} pages do not fit the {batch.page_ids.numel()} of the graph")
-        staged = np.zeros(target.numel(), np.int32)
-        size = batch.batch
-        parts = _parts(size)
-        staged[parts[0]] = _padded(self.offsets, size + 1)
-        staged[parts[1]][: len(self.num_targets)] = self.num_targets
-        staged[parts[2]][: len(self.totals)] = self.totals
-        staged[parts[3]] = _padded(self.page_offsets, size + 1)
+        ids, size = self.page_ids, batch.batch
+        if len(ids) > batch.page_ids.numel():
+            raise ValueError(f"{len(ids)} pages do not fit the {batch.page_ids.numel()} of the graph")
         begin = _ids_at(size)
-        staged[begin : begin + len(self.page_ids)] = self.page_ids
-        used = begin + len(self.page_ids)
-        # from pageable memory: the copy is staged before this returns, so that nothing may be overwritten under it
-        target[:used].copy_(torch.from_numpy(staged[:used]))
+        used = begin + len(ids)
+        slot = staging(batch.offsets.device).take(used)
+        staged = slot.words
+        for first, values, rest in zip(
+            range(0, begin, begin // 4),
+            (self.offsets, self.num_targets, self.totals, self.page_offsets),
+            # a sequence beyond begins and ends where the last one ends
+            (self.offsets[-1], 0, 0, self.page_offsets[-1]),
+            strict=True,
+        ):
+            staged[first : first + len(values)] = values
+            staged[first + len(values) : first + begin // 4] = rest
+        staged[begin:used] = ids
+        slot.send(_block_of(batch, used))
 
     def batch(self, page_size: int, max_rows: int, max_seqlen: int, device: torch.device) -> PagedBatch:
         """The same on a device, for a step that runs without a graph."""
         shape = PaddedShape(len(self.totals), max_rows)
-        found = empty_batch(shape, page_size, max_seqlen, device, len(self.page_ids))
+        words = _ids_at(shape.batch) + max(1, len(self.page_ids))
+        found = _batch_in(torch.empty(words, dtype=torch.int32, device=device), shape, page_size, max_seqlen)
         self.fill(found)
         return found
 
 
-def empty_batch(
-    shape: PaddedShape, page_size: int, max_seqlen: int, device: torch.device, pages: int | None = None
-) -> PagedBatch:
-    """A batch without a row, its tensors parts of one buffer; room for `pages` page ids, or for whole histories."""
-    room = shape.batch * ceil_div(max_seqlen, page_size) if pages is None else pages
-    buffer = torch.zeros(_ids_at(shape.batch) + max(1, room), dtype=torch.int32, device=device)
+def empty_batch(shape: PaddedShape, page_size: int, max_seqlen: int, device: torch.device) -> PagedBatch:
+    """A batch without a row, its tensors parts of one buffer; room for the page ids of whole histories."""
+    words = _ids_at(shape.batch) + max(1, shape.batch * ceil_div(max_seqlen, page_size))
+    return _batch_in(torch.zeros(words, dtype=torch.int32, device=device), shape, page_size, max_seqlen)
+
+
+def _batch_in(buffer: torch.Tensor, shape: PaddedShape, page_size: int, max_seqlen: int) -> PagedBatch:
     offsets, targets, totals, page_offsets = (buffer[part] for part in _parts(shape.batch))
     ids = buffer[_ids_at(shape.batch) :]
     return PagedBatch(offsets, targets, totals, page_offsets, ids, page_size, shape.rows, max_seqlen)
@@ -183,11 +189,6 @@ def _ids_at(batch: int) -> int:
     return 4 * 4 * ceil_div(batch + 1, 4)
 
 
-def _block_of(batch: PagedBatch) -> torch.Tensor:
-    """The one buffer that the tensors of an `empty_batch` are parts of."""
-    return batch.offsets.as_strided((_ids_at(batch.batch) + batch.page_ids.numel(),), (1,))
-
-
-def _padded(values: npt.NDArray[np.int32], size: int) -> npt.NDArray[np.int32]:
-    """The values, the last repeated up to a size."""
-    return np.concatenate([values, np.full(size - len(values), values[-1], np.int32)])
+def _block_of(batch: PagedBatch, words: int) -> torch.Tensor:
+    """The first words of the one buffer that the tensors of an `empty_batch` are parts of."""
+    return batch.offsets.as_strided((words,), (1,))

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from smbench_kernels import hstu_norm
@@ -24,6 +25,13 @@ ROUTES = ("library", "persistent", "tiled")
 SILU_ROUTES: Mapping[int, str] = {90: "persistent"}
 RESIDUAL_ROUTES: Mapping[int, str] = {90: "persistent"}
 PERSISTENT: Config = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 8, "STAGES": 3, "WARPS": 8}
+PERSISTENT_WAVES: tuple[tuple[Config, float], ...] = (
+    (PERSISTENT, 16.3),
+    ({"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP": 8, "STAGES": 4, "WARPS": 8}, 9.1),
+    ({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP": 8, "STAGES": 3, "WARPS": 4}, 5.0),
+)
+"""Tiles of the persistent kernel, and how many microseconds one takes a multiprocessor of an H200 at a depth of 1024
+(kernels/NOTES-hstu-inference.md)."""
 TILED: Config = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "GROUP": 8, "STAGES": 3, "WARPS": 8}
 TMA_ALIGNMENT_BYTES = 16
 ELEMENTWISE_BLOCK, ELEMENTWISE_WARPS = 2048, 4
@@ -59,14 +67,57 @@ def activated(
     return kept, y
 
 
-def added(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, way: str | None = None) -> torch.Tensor:
+def partly_activated(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    first: int,
+    way: str | None = None,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """`x @ weight + bias`, SiLU applied to the columns from `first` on; contiguous. `way` as in `activated`.
+
+    For inference: nothing is kept, and few rows get tiles of their own (`for_rows`, or `config`).
+    """
+    way = _checked(way or route(SILU_ROUTES, x.device))
+    if way == "library" or not describable(x, weight):
+        y = biased(x, weight, bias)
+        F.silu(y[:, first:], inplace=True)
+        return y
+    y = x.new_empty((x.shape[0], weight.shape[1]))
+    _launch_product(x, weight, bias, None, None, y, True, way, config or for_rows(x, weight), first)
+    return y
+
+
+def added(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    residual: torch.Tensor,
+    way: str | None = None,
+    config: Config | None = None,
+) -> torch.Tensor:
     """`x @ weight + residual`: residual [T, out], rows of any stride; contiguous. `way` as in `activated`."""
     way = _checked(way or route(RESIDUAL_ROUTES, x.device))
     if way == "library" or not describable(x, weight, residual):
         return torch.addmm(residual, x, weight)
     y = x.new_empty((x.shape[0], weight.shape[1]))
-    _launch_product(x, weight, None, residual, None, y, False, way)
+    _launch_product(x, weight, None, residual, None, y, False, way, config or PERSISTENT)
     return y
+
+
+def for_rows(x: torch.Tensor, weight: torch.Tensor) -> Config:
+    """The persistent kernel's tiles that take x [T, in] by weight [in, out] through the multiprocessors soonest."""
+    return soonest(x.shape[0], weight.shape[1], hstu_norm.card(x.device).sm_count)
+
+
+def soonest(rows: int, columns: int, sm_count: int) -> Config:
+    """Of PERSISTENT_WAVES the tiles with the least time, by how often each multiprocessor has one."""
+
+    def seconds(entry: tuple[Config, float]) -> float:
+        config, wave = entry
+        return ceil_div(ceil_div(rows, config["BLOCK_M"]) * ceil_div(columns, config["BLOCK_N"]), sm_count) * wave
+
+    return min(PERSISTENT_WAVES, key=seconds)[0]
 
 
 def describable(*tensors: torch.Tensor) -> bool:
@@ -98,12 +149,14 @@ def _launch_product(
     y: torch.Tensor,
     silu: bool,
     way: str,
+    config: Config = PERSISTENT,
+    first: int = 0,
 ) -> None:
     if way == "persistent":
         sm_count = hstu_norm.card(x.device).sm_count
-        hstu_norm.launch(persistent_call(x, weight, bias, residual, pre, y, silu, PERSISTENT, sm_count))
+        hstu_norm.launch(persistent_call(x, weight, bias, residual, pre, y, silu, config, sm_count, first))
     else:
-        hstu_norm.launch(tiled_call(x, weight, bias, residual, pre, y, silu, TILED))
+        hstu_norm.launch(tiled_call(x, weight, bias, residual, pre, y, silu, TILED, first))
 
 
 def persistent_call(
@@ -116,8 +169,12 @@ def persistent_call(
     silu: bool,
     config: Config,
     sm_count: int,
+    first: int = 0,
 ) -> Call:
-    """The launch of the kernel by descriptors. One program a multiprocessor: its tiles fill the shared memory."""
+    """The launch of the kernel by descriptors. One program a multiprocessor: its tiles fill the shared memory.
+
+    With `silu`, it is of the columns from `first` on.
+    """
     (tokens, depth), columns = x.shape, weight.shape[1]
     block_m, block_n, block_k = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_K"]
     out = [block_m, block_n // 2]
@@ -125,7 +182,7 @@ def persistent_call(
         *(_described(x, [block_m, block_k]), _described(weight, [block_k, block_n]), bias),
         *(_described(residual, out), _described(pre, out), _described(y, out), tokens, columns, depth),
         *(block_m, block_n, block_k, config["GROUP"], config["STAGES"]),
-        *(bias is not None, residual is not None, silu, pre is not None),
+        *(bias is not None, residual is not None, silu, pre is not None, first),
     )
     tiles = ceil_div(tokens, block_m) * ceil_div(columns, block_n)
     options = {"num_warps": config["WARPS"], "num_stages": config["STAGES"]}
@@ -141,6 +198,7 @@ def tiled_call(
     y: torch.Tensor,
     silu: bool,
     config: Config,
+    first: int = 0,
 ) -> Call:
     """The launch of the kernel by pointers."""
     (tokens, depth), columns = x.shape, weight.shape[1]
@@ -149,7 +207,7 @@ def tiled_call(
     arguments = (
         *(x, weight, bias, residual, pre, y, tokens, columns, *strides, depth),
         *(block_m, block_n, config["BLOCK_K"], config["GROUP"], config["STAGES"]),
-        *(bias is not None, residual is not None, silu, pre is not None),
+        *(bias is not None, residual is not None, silu, pre is not None, first),
     )
     tiles = ceil_div(tokens, block_m) * ceil_div(columns, block_n)
     options = {"num_warps": config["WARPS"], "num_stages": config["STAGES"]}

@@ -49,8 +49,9 @@ def linear_persistent(
     RESIDUAL: tl.constexpr,
     SILU: tl.constexpr,
     PRE: tl.constexpr,
+    FIRST: tl.constexpr,
 ) -> None:
-    """y = x @ weight [+ bias] [+ residual], or its SiLU; with PRE what SiLU was applied to goes to `pre`.
+    """y = x @ weight [+ bias] [+ residual], or its SiLU from column FIRST on; with PRE what came before goes to `pre`.
 
     x [tokens, DEPTH], weight [DEPTH, columns], residual, pre, y [tokens, columns] are descriptors: tiles of x and
     weight are [BLOCK_M, BLOCK_K] and [BLOCK_K, BLOCK_N], the others' [BLOCK_M, BLOCK_N / 2].
@@ -77,7 +78,8 @@ def linear_persistent(
                 pre.store([row * BLOCK_M, first], rounded)
             if SILU:
                 widened = rounded.to(tl.float32)
-                rounded = (widened * sigmoid(widened)).to(y.dtype)
+                active = (widened * sigmoid(widened)).to(y.dtype)
+                rounded = tl.where((first + tl.arange(0, HALF) >= FIRST)[None, :], active, rounded) if FIRST else active
             y.store([row * BLOCK_M, first], rounded)
 
 
@@ -104,6 +106,7 @@ def linear_tiled(
     RESIDUAL: tl.constexpr,
     SILU: tl.constexpr,
     PRE: tl.constexpr,
+    FIRST: tl.constexpr,
 ) -> None:
     """As `linear_persistent`, by pointers: one tile a program; pre and y are contiguous."""
     row, column = tile_of(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP)
@@ -130,7 +133,8 @@ def linear_tiled(
         tl.store(pre_ptr + out, rounded, mask=inside)
     if SILU:
         widened = rounded.to(tl.float32)
-        rounded = (widened * sigmoid(widened)).to(y_ptr.dtype.element_ty)
+        active = (widened * sigmoid(widened)).to(y_ptr.dtype.element_ty)
+        rounded = tl.where((places >= FIRST)[None, :], active, rounded) if FIRST else active
     tl.store(y_ptr + out, rounded, mask=inside)
 
 

@@ -1,7 +1,8 @@
 """HSTU attention over pages: append a step's keys and values, attend to history and candidates. Owns launches.
 
-Definitions are in `hstu_paged`, device code in `hstu_paged_kernels`. Nothing here waits for the device and grids follow
-from `max_rows`, so that a CUDA graph captured once serves every step that fits.
+Definitions are in `hstu_paged`. What `hstu_paged_sm90` takes is one launch of its kernel; the rest is Triton's, with
+device code in `hstu_paged_kernels`. Nothing here waits for the device and grids follow from `max_rows`, so that a CUDA
+graph captured once serves every step that fits.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from smbench_kernels import hardware, interpreter
+from smbench_kernels import hardware, hstu_paged_sm90, interpreter
 from smbench_kernels import hstu_paged_kernels as kernels
 from smbench_kernels.hstu_paged import PagedBatch
 from smbench_kernels.launch import Call, Launcher, ceil_div, next_power_of_two
@@ -63,6 +64,23 @@ def padded_dim(head_dim: int) -> int:
     return max(16, next_power_of_two(head_dim))
 
 
+def append_and_attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: torch.Tensor,
+    batch: PagedBatch,
+    alpha: float,
+    workspace: hstu_paged_sm90.Workspace | None = None,
+) -> torch.Tensor:
+    """`append`, then `attend`: in one launch where the card, the dtype and the head's width have a kernel for it."""
+    if alpha > 0 and hstu_paged_sm90.supports(q, k, v, cache, batch) is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        return hstu_paged_sm90.attend(q, k, v, cache, batch, alpha, out, appends=True, workspace=workspace)
+    append(cache, k, v, batch)
+    return attend(q, k, v, cache, batch, alpha)
+
+
 def append(cache: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PagedBatch) -> None:
     """Write the keys and values of new history into their pages, in place, on the current stream.
 
@@ -81,7 +99,7 @@ def attend(
     out: torch.Tensor | None = None,
     config: Config | None = None,
 ) -> torch.Tensor:
-    """`hstu_paged.paged_attention_reference` in float16 or bfloat16, summed in float32, on the current stream.
+    """`hstu_paged.paged_attention_reference` by Triton: float16 or bfloat16, summed in float32, on the current stream.
 
     q, k, v, out [rows, heads, head_dim], any row and head strides; returns `out`. Rows of no sequence are not written.
     """

@@ -2,8 +2,11 @@
 
 A call is what a server does for a batch of users, the bookkeeping of its cache on the host included, and is over when
 the scores are there. So that a call can be repeated, each begins by putting the cache's tables back to how the request
-found them; what lies in pages stays. Users whose history is on the host find their pages taken by others, who are
-evicted for them.
+found them; what lies in pages stays.
+
+With source `host`, HOST_SETS sets of users with the same histories take turns on a device that holds all but one of
+them: a request's users were evicted by those who came after them, and evict whose turn is longest ago. What a request
+stores on the host is so copied beside the next one, as a server's would be, and not waited for.
 """
 
 from __future__ import annotations
@@ -26,6 +29,9 @@ from smbench_kernels.kv_store import Sizes as CacheSizes
 from smbench_kernels.launch import ceil_div
 from smbench_kernels.op import Inputs, Op, Point, Prepared, UnsupportedPoint
 
+HOST_SETS = 3
+"""With two, a request would evict users whose chunks are still on their way to the host, and wait for them."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Model:
@@ -44,8 +50,10 @@ class _Model:
         candidates = y.unflatten(0, (sizes.batch, -1))[:, -sizes.targets :].flatten(0, 1)
         heads = [self.inputs[f"head{i}"] for i in range(len(HEAD))]
         self.inputs["y"].copy_(definition.scores(candidates, heads))
-        if y.is_cuda:
-            # a request is over when its scores are there: the next one does not hide what the host did for this one
+
+    def wait(self) -> None:
+        """Until the scores are there: a request is over, and the next one does not hide what the host did for it."""
+        if (y := self.inputs["y"]).is_cuda:
             torch.cuda.current_stream(y.device).synchronize()
 
 
@@ -61,6 +69,7 @@ def recompute(point: Point, inputs: Inputs) -> Prepared:
     def run() -> None:
         block_ops.whole_histories(counted, sizes)
         model.answer(block_ops.over_whole(block, model.rows(0), batch, sizes))
+        model.wait()
 
     return Prepared(run, {}, "default", capturable=False, counts=lambda: dict(counted))
 
@@ -76,33 +85,38 @@ class _Served:
         shape = sizes.shape
         cache = CacheSizes(sizes.layers, shape.heads, shape.head_dim, sizes.page_size, sizes.dtype)
         chunk = int(point["chunk_tokens"])
-        store = None
+        store, sets, resident = None, 1, 1
         if sizes.source == "host":
             if not sizes.cached or sizes.cached % chunk:
                 raise UnsupportedPoint(f"{sizes.cached} cached tokens are no whole chunks of {chunk}")
-            chunks = sizes.batch * ceil_div(sizes.total, chunk)
+            sets, resident = HOST_SETS, HOST_SETS - 1
+            chunks = sets * sizes.batch * ceil_div(sizes.total, chunk)
             store = PinnedStore(cache, chunks, chunk, pinned=device.type == "cuda")
-        # exactly what the users need: with source `host` others have it, and are evicted
-        self.cache = KVCache(cache, sizes.batch * sizes.pages, device, store, overlap)
-        self.users = list(range(sizes.batch))
-        self.others = list(range(sizes.batch, 2 * sizes.batch)) if store is not None else []
+        self.cache = KVCache(cache, resident * sizes.batch * sizes.pages, device, store, overlap)
+        self.sets = [list(range(first, first + sizes.batch)) for first in range(0, sets * sizes.batch, sizes.batch)]
+        self._turn = 0
 
     def begin(self) -> None:
         """Serve the users' earlier history; with source `host` it is on the host alone afterwards, pages poisoned."""
         sizes, cache = self.sizes, self.cache
-        for user in (*self.users, *self.others):
+        cache.drain()
+        for user in range(len(self.sets) * sizes.batch):
             cache.rewind(user, 0, 0)
+        self._turn = 0
         cache.pool.fill_(torch.nan)
         if sizes.source == "nowhere" or not sizes.cached:
             return
         counted = Counter(cache.counts)
-        step = cache.begin(self.users, [sizes.cached] * sizes.batch)
-        x = self.model.inputs["table"][self.model.inputs["ids"][:, : sizes.cached].flatten()]
-        batch = self.host_batch(step, 0).batch(sizes.page_size, sizes.cached, sizes.max_seqlen, cache.device)
-        self.block(x, batch, cache.pool, lambda layer: cache.wait(step, layer))
-        cache.finish(step)
+        for users in self.sets:
+            self._serve_history(users)
         cache.drain()
         if sizes.source == "host":
+            for users in self.sets:
+                for user in users:
+                    cache.rewind(user, 0, sizes.cached)
+            # the first set comes next, and the others have all pages
+            for users in self.sets[1:]:
+                cache.table.grow(users, [sizes.total] * sizes.batch)
             cache.pool.fill_(torch.nan)
             if cache.pool.is_cuda:
                 # copies of a request run on a stream that does not wait for this one
@@ -111,13 +125,24 @@ class _Served:
         cache.counts.clear()
         cache.counts.update(counted)
 
-    def rewind(self) -> None:
-        """Put the tables back to how a request finds them."""
-        cached = {source: self.sizes.cached if self.sizes.source == source else 0 for source in ("device", "host")}
-        for user in self.users:
-            self.cache.rewind(user, cached["device"], cached["host"])
-        if self.others:
-            self.cache.table.grow(self.others, [self.sizes.total] * len(self.others))
+    def _serve_history(self, users: list[int]) -> None:
+        """Compute what is cached of some users, and store it where a store is."""
+        sizes, cache = self.sizes, self.cache
+        step = cache.begin(users, [sizes.cached] * sizes.batch)
+        x = self.model.inputs["table"][self.model.inputs["ids"][:, : sizes.cached].flatten()]
+        batch = self.host_batch(step, 0).batch(sizes.page_size, sizes.cached, sizes.max_seqlen, cache.device)
+        self.block(x, batch, cache.pool, lambda layer: cache.wait(step, layer))
+        cache.finish(step)
+
+    def rewind(self) -> list[int]:
+        """Put the tables back to how a request finds them; the users whose turn it is."""
+        users = self.sets[self._turn]
+        self._turn = (self._turn + 1) % len(self.sets)
+        cached = self.sizes.cached
+        on_device, on_host = (cached if self.sizes.source == place else 0 for place in ("device", "host"))
+        for user in users:
+            self.cache.rewind(user, on_device, on_host)
+        return users
 
     def host_batch(self, step: Step, targets: int) -> HostBatch:
         """A step's sequences: users alike."""
@@ -134,8 +159,7 @@ class _Served:
     def request(self, graphs: Graphs | None) -> None:
         """One request of all users."""
         sizes, cache = self.sizes, self.cache
-        self.rewind()
-        step = cache.begin(self.users, [sizes.total] * sizes.batch)
+        step = cache.begin(self.rewind(), [sizes.total] * sizes.batch)
         host = self.host_batch(step, sizes.targets)
         # what the attention is told, apart from what the cache counts
         cache.counts["attended_tokens"] += int(host.totals.sum())
@@ -152,7 +176,9 @@ class _Served:
             batch = host.batch(sizes.page_size, rows, sizes.max_seqlen, cache.device)
             y = self.block(x, batch, cache.pool, wait if onloads else None)
         self.model.answer(y)
+        # before waiting: what goes to the host is on its way while the scores are computed
         cache.finish(step)
+        self.model.wait()
 
     def counts(self) -> Mapping[str, int]:
         """What requests met and moved since the cache was made."""

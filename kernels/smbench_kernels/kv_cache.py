@@ -5,20 +5,24 @@ Owns the page pool, the order of copies and their claims on pages. Page accounti
 layer `wait` and what is computed on it, then `finish` (store whole chunks on the host).
 
 Onload is layer by layer on a stream of its own: layer i waits for its own copy alone, and computes while that of layer
-i + 1 runs (document 003, "Asynchronous H2D transfer").
+i + 1 runs (document 003, "Asynchronous H2D transfer"). Steps compute on one stream, one after another: pages that go
+from one user to another are written after whatever reads them now, and only copies, on streams of their own, need
+claims and events.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from smbench_kernels.kv_copies import Mover
 from smbench_kernels.kv_pages import CacheFull, Growth, Hold, Pages, PageTable
 from smbench_kernels.kv_store import HostStore, Lease, Sizes
 
@@ -40,19 +44,42 @@ class Step:
     evicted: Sequence[int]
     """Users that lost their pages on the device for it."""
     _holds: list[Hold]
-    _onloaded: list[torch.cuda.Event | None] = field(default_factory=list)
-    """By layer: after its copies; None where nothing was copied, or at once."""
+    _onloaded: list[torch.cuda.Event] = field(default_factory=list)
+    """By layer: after its copies; empty where nothing was copied, or at once."""
 
 
 @dataclass(slots=True)
 class _Transfer:
-    """Copies that are under way, and what must stay as it is until then."""
+    """Work under way on a device, and what must stay as it is until then."""
 
     done: torch.cuda.Event
-    finish: Callable[[], None]
+    leases: Sequence[Lease]
+    holds: Sequence[Hold]
     counter: str = ""
     """Which of the counts its time goes to; empty for a step without copies."""
     begun: torch.cuda.Event | None = None
+
+    def of(self, user: int) -> bool:
+        """Whether it keeps anything of a user."""
+        return any(lease.user == user for lease in self.leases) or any(hold.user == user for hold in self.holds)
+
+
+class _Events:
+    """Events to be used again: making one costs as much as recording it."""
+
+    def __init__(self) -> None:
+        self._free: dict[bool, list[torch.cuda.Event]] = {False: [], True: []}
+
+    def record(self, stream: torch.cuda.Stream, timing: bool = False) -> torch.cuda.Event:
+        """An event after what is enqueued on a stream."""
+        free = self._free[timing]
+        event = free.pop() if free else torch.cuda.Event(enable_timing=timing)
+        event.record(stream)
+        return event
+
+    def give_back(self, event: torch.cuda.Event, timing: bool = False) -> None:
+        """Nobody will ask for it again; streams that were told to wait for it wait for what it was."""
+        self._free[timing].append(event)
 
 
 class KVCache:
@@ -79,15 +106,28 @@ class KVCache:
         """Since the beginning: tokens found on the device and on the host, bytes and users that moved, nanoseconds from
         the turn of a step's first copy to the end of its last one, on the stream of the copies."""
         self._store = store
-        self._cuda = device.type == "cuda"
-        self._in = torch.cuda.Stream(device) if self._cuda else None
-        self._out = torch.cuda.Stream(device) if self._cuda else None
-        if self._in is not None:
-            # the pool is zeroed before anything is copied into it
-            self._in.wait_stream(torch.cuda.current_stream(device))
+        self._in = self._out = None
         self._transfers: list[_Transfer] = []
+        self._events = _Events()
         # the last copy of a user's chunks to the host: whoever reads them waits for it
         self._stored: dict[int, torch.cuda.Event] = {}
+        if store is None:
+            return
+        self._chunk_pages = store.chunk_tokens // sizes.page_size
+        self._loader = Mover(self.pool, self._chunk_pages, to_host=False)
+        self._storer = Mover(self.pool, self._chunk_pages, to_host=True)
+        if device.type == "cuda":
+            # the few programs of a copy go before those of a layer
+            self._in = torch.cuda.Stream(device, priority=-1)
+            self._out = torch.cuda.Stream(device, priority=-1)
+            for stream in (self._in, self._out):
+                # the pool and the movers' tables are zeroed before anything is copied
+                stream.wait_stream(torch.cuda.current_stream(device))
+
+    def __del__(self) -> None:
+        # page-locked memory goes to whoever asks next once nobody names it: not before its copies are done
+        for transfer in getattr(self, "_transfers", ()):
+            transfer.done.synchronize()
 
     def begin(self, users: Sequence[int], totals: Sequence[int]) -> Step:
         """Find what is cached of each user, bring in what the host has, make room for `totals` tokens.
@@ -95,95 +135,92 @@ class KVCache:
         `totals` counts a user's whole history with what is new in it. CacheFull and ValueError as `PageTable.grow`;
         either leaves the cache as it was.
         """
-        self._collect(wait=False)
+        if self._transfers:
+            self._collect(wait=False)
         on_device = [self.table.tokens(user) for user in users]
-        leases = [
-            self._store.read(user) if self._store and not here and 0 < self._store.tokens(user) <= total else None
-            for user, here, total in zip(users, on_device, totals, strict=True)
-        ]
+        leases = self._leases(users, on_device, totals)
         try:
             growth = self._grow(users, totals)
         except (CacheFull, ValueError):
-            self._give_back([lease for lease in leases if lease])
+            self._give_back(list(leases.values()))
             raise
-        tokens = [self._tokens(lease) for lease in leases]
-        cached = [here or there for here, there in zip(on_device, tokens, strict=True)]
-        sources = [
-            "device" if here else "host" if there else "none" for here, there in zip(on_device, tokens, strict=True)
-        ]
-        counts = np.array([len(placement.pages) for placement in growth.placements], np.int32)
+        cached, sources = on_device, ["device" if here else "none" for here in on_device]
+        if leases:
+            cached = list(on_device)
+            for index, lease in leases.items():
+                cached[index], sources[index] = self._tokens(lease), "host"
+        pages = [placement.pages for placement in growth.placements]
         step = Step(
             list(users),
             cached,
             list(totals),
             sources,
-            np.concatenate([np.zeros(1, np.int32), np.cumsum(counts, dtype=np.int32)]),
-            np.concatenate([placement.pages for placement in growth.placements]),
+            np.array([0, *accumulate(map(len, pages))], np.int32),
+            np.concatenate(pages),
             growth.evicted,
             [self.table.hold(user) for user in users],
         )
-        self.counts["steps"] += 1
-        self.counts["device_tokens"] += sum(on_device)
-        self.counts["host_tokens"] += sum(tokens)
-        self.counts["new_tokens"] += sum(total - before for total, before in zip(totals, cached, strict=True))
-        self.counts["evicted_users"] += len(growth.evicted)
-        self._onload(step, [(lease, step.page_ids[step.page_offsets[i] :]) for i, lease in enumerate(leases) if lease])
+        counts, found, all_cached = self.counts, sum(on_device), sum(cached)
+        counts["steps"] += 1
+        counts["device_tokens"] += found
+        counts["host_tokens"] += all_cached - found
+        counts["new_tokens"] += sum(totals) - all_cached
+        counts["evicted_users"] += len(growth.evicted)
+        if leases:
+            self._onload(step, leases)
         return step
 
     def wait(self, step: Step, layer: int) -> None:
         """Have the current stream wait until what is cached of a layer lies in its pages."""
-        if step._onloaded and (event := step._onloaded[layer]) is not None:
-            torch.cuda.current_stream(self.device).wait_event(event)
+        if step._onloaded:
+            torch.cuda.current_stream(self.device).wait_event(step._onloaded[layer])
 
     def finish(self, step: Step) -> None:
         """End a step whose work is enqueued on the current stream: store whole new chunks on the host.
 
         What a step holds is given back when its copies are done.
         """
-        copies = self._chunks_to_store(step)
-        if self._out is None:
-            began = time.perf_counter_ns()
-            for lease, pages in copies:
-                self._copy_out(lease, pages)
-            if copies:
-                self.counts["offload_ns"] += time.perf_counter_ns() - began
-            self._give_back([lease for lease, _ in copies])
+        if self._store is None:
             self._release(step._holds)
             return
-        computed = torch.cuda.Event()
-        computed.record(torch.cuda.current_stream(self.device))
-        done, begun = computed, None
-        if copies:
-            self._out.wait_event(computed)
-            begun = torch.cuda.Event(enable_timing=True)
-            begun.record(self._out)
-            with torch.cuda.stream(self._out):
-                for lease, pages in copies:
-                    self._copy_out(lease, pages)
-                done = torch.cuda.Event(enable_timing=True)
-                done.record(self._out)
-            for lease, _ in copies:
-                self._stored[lease.user] = done
-
-        def finish() -> None:
-            self._give_back([lease for lease, _ in copies])
+        copies = self._chunks_to_store(step)
+        leases = [lease for lease, _ in copies]
+        if self._out is None:
+            if copies:
+                began = time.perf_counter_ns()
+                self._offload(copies)
+                self.counts["offload_ns"] += time.perf_counter_ns() - began
+            self._give_back(leases)
             self._release(step._holds)
-            for lease, _ in copies:
-                if self._stored.get(lease.user) is done:
-                    del self._stored[lease.user]
-
-        self._transfers.append(_Transfer(done, finish, "offload_ns", begun))
+            return
+        for event in step._onloaded[:-1]:
+            # every layer was told to wait for its own; the last one is the transfer's
+            self._events.give_back(event)
+        computed = self._events.record(torch.cuda.current_stream(self.device))
+        if not copies:
+            self._transfers.append(_Transfer(computed, (), step._holds))
+            return
+        self._out.wait_event(computed)
+        self._events.give_back(computed)
+        begun = self._events.record(self._out, timing=True)
+        with torch.cuda.stream(self._out):
+            self._offload(copies)
+        done = self._events.record(self._out, timing=True)
+        self._stored.update((lease.user, done) for lease in leases)
+        self._transfers.append(_Transfer(done, leases, step._holds, "offload_ns", begun))
 
     def drain(self) -> None:
         """Wait for every copy and give back what they held."""
         self._collect(wait=True)
 
     def rewind(self, user: int, on_device: int, on_host: int) -> None:
-        """Forget what a user has beyond so many tokens, here and in the store; waits for every copy.
+        """Forget what a user has beyond so many tokens, here and in the store; waits for copies of this user's.
 
         For repeating a step as if it had not been. Pages that stay hold what they held.
         """
-        self.drain()
+        while any(transfer.of(user) for transfer in self._transfers):
+            self._transfers[0].done.synchronize()
+            self._collect(wait=False)
         if user in self.table:
             if on_device:
                 self.table.truncate(user, on_device)
@@ -204,88 +241,78 @@ class KVCache:
                 self._transfers[0].done.synchronize()
                 self._collect(wait=False)
 
-    def _onload(self, step: Step, loads: Sequence[tuple[Lease, Pages]]) -> None:
+    def _leases(self, users: Sequence[int], on_device: Sequence[int], totals: Sequence[int]) -> dict[int, Lease]:
+        """What the host has of users who have nothing on the device, by their index in the step."""
+        store = self._store
+        if store is None:
+            return {}
+        return {
+            index: store.read(user)
+            for index, (user, here, total) in enumerate(zip(users, on_device, totals, strict=True))
+            if not here and 0 < store.tokens(user) <= total
+        }
+
+    def _onload(self, step: Step, leases: dict[int, Lease]) -> None:
         """Copy leased chunks into their pages, layer by layer."""
-        if not loads:
-            return
-        leases = [lease for lease, _ in loads]
-        self.counts["onloaded_users"] += len(leases)
-        self.counts["onloaded_bytes"] += sum(chunk.nbytes for lease in leases for chunk in lease.chunks)
+        chunks = np.concatenate([lease.addresses for lease in leases.values()])
+        begins = {index: int(step.page_offsets[index]) for index in leases}
+        pages = np.concatenate([step.page_ids[begins[i] : begins[i] + self._pages(x)] for i, x in leases.items()])
+        held = list(leases.values())
+        self.counts["onloaded_users"] += len(held)
+        self.counts["onloaded_bytes"] += len(pages) * self.sizes.page_size * self.sizes.token_bytes
         if self._in is None:
             began = time.perf_counter_ns()
-            placed = self._places(loads)
-            for layer in range(self.sizes.layers):
-                self._copy_in(layer, placed)
+            self._loader.take(chunks, pages)
+            self._loader.all_layers()
             self.counts["onload_ns"] += time.perf_counter_ns() - began
-            self._give_back(leases)
+            self._give_back(held)
             return
         # nobody else can still read these pages: a step's users keep theirs until its work is done
-        for lease in leases:
+        for lease in held:
             if (stored := self._stored.get(lease.user)) is not None:
                 self._in.wait_event(stored)
-        events = []
-        begun = torch.cuda.Event(enable_timing=True)
-        begun.record(self._in)
+        layers, arrived = self.sizes.layers, step._onloaded
+        begun = self._events.record(self._in, timing=True)
         with torch.cuda.stream(self._in):
-            placed = self._places(loads)
-            for layer in range(self.sizes.layers):
-                self._copy_in(layer, placed)
-                event = torch.cuda.Event(enable_timing=layer + 1 == self.sizes.layers)
-                event.record(self._in)
-                events.append(event)
-        step._onloaded.extend(events)
+            self._loader.take(chunks, pages)
+            for layer in range(layers):
+                self._loader.layer(layer)
+                arrived.append(self._events.record(self._in, timing=layer + 1 == layers))
         if not self.overlap:
-            torch.cuda.current_stream(self.device).wait_event(events[-1])
-        self._transfers.append(_Transfer(events[-1], lambda: self._give_back(leases), "onload_ns", begun))
-
-    def _places(self, loads: Sequence[tuple[Lease, Pages]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Every chunk with the ids of its pages, which are the same in all layers; on the current stream."""
-        return [
-            (chunk, ids)
-            for lease, pages in loads
-            for chunk, ids in zip(
-                lease.chunks, self._ids(pages[: self._pages_of(lease)]).split(chunk_pages(lease)), strict=True
-            )
-        ]
-
-    def _copy_in(self, layer: int, placed: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Enqueue the copies of one layer's chunks into their pages."""
-        for chunk, ids in placed:
-            self.pool[layer].index_copy_(0, ids, chunk[layer].to(self.device, non_blocking=True))
+            torch.cuda.current_stream(self.device).wait_event(arrived[-1])
+        self._transfers.append(_Transfer(arrived[-1], held, (), "onload_ns", begun))
 
     def _chunks_to_store(self, step: Step) -> list[tuple[Lease, Pages]]:
         """Room on the host for each user's whole chunks that are not stored yet, and the pages that go there."""
         found: list[tuple[Lease, Pages]] = []
-        if self._store is None:
-            return found
-        chunk, pages_per_chunk = self._store.chunk_tokens, self._store.chunk_tokens // self.sizes.page_size
+        store = self._store
+        assert store is not None
         for index, (user, total) in enumerate(zip(step.users, step.totals, strict=True)):
-            missing = total // chunk - self._store.tokens(user) // chunk
-            lease = self._store.room(user, missing) if missing > 0 else None
-            if lease is None:
-                self.counts["chunks_not_stored"] += max(0, missing)
+            missing = total // store.chunk_tokens - store.tokens(user) // store.chunk_tokens
+            if missing <= 0:
                 continue
-            begin = int(step.page_offsets[index]) + lease.first * pages_per_chunk
-            pages = step.page_ids[begin : begin + missing * pages_per_chunk]
-            found.append((lease, pages))
-            self.counts["offloaded_bytes"] += sum(part.nbytes for part in lease.chunks)
+            lease = store.room(user, missing)
+            if lease is None:
+                self.counts["chunks_not_stored"] += missing
+                continue
+            begin = int(step.page_offsets[index]) + lease.first * self._chunk_pages
+            found.append((lease, step.page_ids[begin : begin + self._pages(lease)]))
+            self.counts["offloaded_bytes"] += missing * store.chunk_tokens * self.sizes.token_bytes
             self.counts["offloaded_chunks"] += missing
         return found
 
-    def _copy_out(self, lease: Lease, pages: Pages) -> None:
-        """Enqueue the copy of a user's pages, all layers, into the chunks of its lease."""
-        for chunk, part in zip(lease.chunks, self._ids(pages).split(chunk_pages(lease)), strict=True):
-            # a chunk is one block of host memory, so the scattered pages are gathered first
-            chunk.copy_(self.pool[:, part], non_blocking=True)
+    def _offload(self, copies: Sequence[tuple[Lease, Pages]]) -> None:
+        """Copy pages, all layers, into the chunks of their leases."""
+        self._storer.take(
+            np.concatenate([lease.addresses for lease, _ in copies]), np.concatenate([pages for _, pages in copies])
+        )
+        self._storer.all_layers()
 
-    def _ids(self, pages: Pages) -> torch.Tensor:
-        return torch.from_numpy(pages.astype(np.int64)).to(self.device, non_blocking=True)
+    def _tokens(self, lease: Lease) -> int:
+        return self._pages(lease) * self.sizes.page_size
 
-    def _tokens(self, lease: Lease | None) -> int:
-        return self._pages_of(lease) * self.sizes.page_size if lease else 0
-
-    def _pages_of(self, lease: Lease) -> int:
-        return sum(chunk.shape[1] for chunk in lease.chunks)
+    def _pages(self, lease: Lease) -> int:
+        return len(lease.addresses) * self._chunk_pages
 
     def _give_back(self, leases: Sequence[Lease]) -> None:
         for lease in leases:
@@ -297,20 +324,22 @@ class KVCache:
             self.table.release(hold)
 
     def _collect(self, wait: bool) -> None:
-        """Give back what finished copies held; with `wait`, of all of them."""
+        """Give back what finished work held; with `wait`, of all of it."""
         left = []
         for transfer in self._transfers:
+            done, timing = transfer.done, transfer.begun is not None
             if wait:
-                transfer.done.synchronize()
-            if transfer.done.query():
-                if transfer.begun is not None:
-                    self.counts[transfer.counter] += round(transfer.begun.elapsed_time(transfer.done) * 1e6)
-                transfer.finish()
-            else:
+                done.synchronize()
+            if not done.query():
                 left.append(transfer)
+                continue
+            if transfer.begun is not None:
+                self.counts[transfer.counter] += round(transfer.begun.elapsed_time(done) * 1e6)
+                self._events.give_back(transfer.begun, timing)
+            for lease in transfer.leases:
+                if self._stored.get(lease.user) is done:
+                    del self._stored[lease.user]
+            self._give_back(transfer.leases)
+            self._release(transfer.holds)
+            self._events.give_back(done, timing)
         self._transfers = left
-
-
-def chunk_pages(lease: Lease) -> int:
-    """Pages of one chunk of a lease."""
-    return int(lease.chunks[0].shape[1])

@@ -8,8 +8,9 @@ inference needs, since a user's history only ever grows (NVIDIA recsys-examples,
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +33,7 @@ class _Entry:
     evicted: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Hold:
     """A claim on a user's pages, by a step or a transfer: until it is released they go to nobody else."""
 
@@ -40,8 +41,7 @@ class Hold:
     _entry: _Entry
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
+class Placement(NamedTuple):
     """Where a user's tokens are, once a step has grown it."""
 
     user: int
@@ -53,8 +53,7 @@ class Placement:
     """Ids of the pages of all these tokens, in order: token t is row t % page_size of pages[t // page_size]."""
 
 
-@dataclass(frozen=True, slots=True)
-class Growth:
+class Growth(NamedTuple):
     """What a step did to the table."""
 
     placements: Sequence[Placement]
@@ -112,18 +111,22 @@ class PageTable:
         this step. CacheFull where that does not suffice; ValueError for a user twice and for fewer tokens than a user
         has. Either leaves the table as it was.
         """
-        self._check_step(users, totals)
-        needed = [max(0, self._pages_for(total) - self._count(user)) for user, total in zip(users, totals, strict=True)]
-        victims = self._victims(sum(needed) - self._free_count, set(users))
+        needed = self._needed(users, totals)
+        victims = self._victims(sum(needed) - self._free_count, users)
         for victim in victims:
             self.evict(victim)
+        known = self._users
         placements = []
         for user, total, count in zip(users, totals, needed, strict=True):
-            entry = self._users.setdefault(user, _Entry())
+            entry = known.get(user)
+            if entry is None:
+                entry = known[user] = _Entry()
+            else:
+                known.move_to_end(user)
             cached = entry.tokens
-            self._give(entry, count)
+            if count:
+                self._give(entry, count)
             entry.tokens = total
-            self._users.move_to_end(user)
             placements.append(Placement(user, cached, total, entry.pages[: entry.count]))
         return Growth(placements, victims)
 
@@ -169,14 +172,21 @@ class PageTable:
             self._leaving_count -= entry.count
             self._take(entry)
 
-    def _check_step(self, users: Sequence[int], totals: Sequence[int]) -> None:
+    def _needed(self, users: Sequence[int], totals: Sequence[int]) -> list[int]:
+        """How many pages each user of a step lacks. ValueError as `grow`."""
         if len(set(users)) != len(users):
             raise ValueError(f"a user appears twice in one step: {list(users)}")
+        known, size = self._users, self.page_size
+        needed = []
         for user, total in zip(users, totals, strict=True):
-            if total < self.tokens(user):
-                raise ValueError(f"user {user} has {self.tokens(user)} tokens and cannot shrink to {total}")
+            entry = known.get(user)
+            tokens, count = (entry.tokens, entry.count) if entry is not None else (0, 0)
+            if total < tokens:
+                raise ValueError(f"user {user} has {tokens} tokens and cannot shrink to {total}")
+            needed.append(-(-total // size) - count)
+        return needed
 
-    def _victims(self, short: int, kept: set[int]) -> list[int]:
+    def _victims(self, short: int, kept: Collection[int]) -> list[int]:
         """Users to evict for `short` more pages, the oldest first; empty where none are short."""
         victims: list[int] = []
         found = 0
@@ -196,10 +206,6 @@ class PageTable:
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
-
-    def _count(self, user: int) -> int:
-        entry = self._users.get(user)
-        return entry.count if entry else 0
 
     def _give(self, entry: _Entry, count: int) -> None:
         wanted = entry.count + count

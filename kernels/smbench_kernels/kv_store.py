@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from smbench_kernels.kv_pages import CacheFull, Hold, PageTable
+from smbench_kernels.kv_pages import CacheFull, Hold, Pages, PageTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +46,9 @@ class Lease:
     user: int
     first: int
     """Index of the first of them among the user's chunks."""
-    chunks: Sequence[torch.Tensor]
-    """Each [layers, pages of a chunk, 2, page_size, heads, head_dim]."""
+    addresses: npt.NDArray[np.int64]
+    """Where each begins: [layers, pages of a chunk, 2, page_size, heads, head_dim], contiguous, at a multiple of 16
+    bytes, in memory that the device reads and writes under the same address."""
     holds: Sequence[Hold] = ()
 
 
@@ -74,10 +77,14 @@ class HostStore(Protocol):
         """Forget a user's chunks beyond so many tokens, a multiple of `chunk_tokens`; all of them for 0."""
 
 
+BLOCK_BYTES = 256 << 20
+"""Most bytes locked at once. PyTorch rounds each block up to a power of two, and keeps it for the next store."""
+
+
 class PinnedStore:
     """A store in page-locked host memory, so that copies to and from a device run beside everything else.
 
-    One block of `capacity` chunks, allocated at once; who was used longest ago is dropped first.
+    `capacity` chunks, allocated from the beginning; who was used longest ago is dropped first.
     """
 
     def __init__(self, sizes: Sizes, capacity: int, chunk_tokens: int, pinned: bool) -> None:
@@ -85,8 +92,16 @@ class PinnedStore:
             raise ValueError(f"a chunk of {chunk_tokens} tokens is no whole number of pages of {sizes.page_size}")
         self.chunk_tokens = chunk_tokens
         self._table = PageTable(capacity, chunk_tokens)
-        shape = (capacity, sizes.layers, chunk_tokens // sizes.page_size, *sizes.page_shape)
-        self._chunks = torch.empty(shape, dtype=sizes.dtype, pin_memory=pinned)
+        chunk_bytes = chunk_tokens * sizes.token_bytes
+        each = max(1, BLOCK_BYTES // chunk_bytes)
+        counts = [min(each, capacity - first) for first in range(0, capacity, each)]
+        self._blocks = [torch.empty(count * chunk_bytes, dtype=torch.uint8, pin_memory=pinned) for count in counts]
+        self._begins = np.concatenate(
+            [
+                block.data_ptr() + np.arange(count, dtype=np.int64) * chunk_bytes
+                for block, count in zip(self._blocks, counts, strict=True)
+            ]
+        )
 
     @property
     def users(self) -> int:
@@ -105,17 +120,15 @@ class PinnedStore:
         except CacheFull:
             return None
         first = stored // self.chunk_tokens
-        ids = growth.placements[0].pages[first:]
-        return Lease(user, first, [self._chunks[int(index)] for index in ids], [self._table.hold(user)])
+        return self._lease(user, first, growth.placements[0].pages[first:])
 
     def read(self, user: int) -> Lease:
         """As `HostStore`."""
         if user not in self._table:
             raise KeyError(f"user {user} has nothing stored")
         # reading is using
-        self._table.grow([user], [self._table.tokens(user)])
-        chunks = [self._chunks[int(index)] for index in self._table.pages_of(user)]
-        return Lease(user, 0, chunks, [self._table.hold(user)])
+        growth = self._table.grow([user], [self._table.tokens(user)])
+        return self._lease(user, 0, growth.placements[0].pages)
 
     def give_back(self, lease: Lease) -> None:
         """As `HostStore`."""
@@ -128,3 +141,6 @@ class PinnedStore:
             self._table.truncate(user, tokens)
             if not tokens:
                 self._table.evict(user)
+
+    def _lease(self, user: int, first: int, chunks: Pages) -> Lease:
+        return Lease(user, first, self._begins[chunks], [self._table.hold(user)])

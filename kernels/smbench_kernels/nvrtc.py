@@ -11,7 +11,8 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,8 +23,16 @@ import triton
 
 SHARED_WITHOUT_ASKING = 48 * 1024
 """Dynamic shared memory above this has to be asked for once per kernel."""
-MAX_DYNAMIC_SHARED, REGISTERS, LOCAL_BYTES, SHARED_BYTES = 8, 4, 3, 1
+MAX_DYNAMIC_SHARED, REGISTERS, LOCAL_BYTES, SHARED_BYTES, NON_PORTABLE_CLUSTER_ALLOWED = 8, 4, 3, 1, 14
 """CU_FUNC_ATTRIBUTE_* of cuda.h."""
+CLUSTER_DIMENSION, PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
+"""CU_LAUNCH_ATTRIBUTE_* of cuda.h."""
+SHIPPED: list[Path] = []
+"""Folders of compiled kernels that are looked at first and never written."""
+LISTENERS: list[Callable[[float], None]] = []
+"""Called with the seconds of each compilation."""
+PORTABLE_CLUSTER = 8
+"""Larger clusters have to be allowed once per kernel; a card may refuse them."""
 
 
 class CompileError(RuntimeError):
@@ -46,28 +55,93 @@ class Kernel:
             found[key] = value.value
         return found
 
-    def launcher(self, grid: Sequence[int], threads: int, shared_bytes: int, arguments: Sequence[Any]) -> Any:
+    def launcher(
+        self,
+        grid: Sequence[int],
+        threads: int,
+        shared_bytes: int,
+        arguments: Sequence[Any],
+        *,
+        cluster: int = 1,
+        dependent: bool = False,
+    ) -> Any:
         """A function that launches on the stream that is current when it is called.
 
         Arguments are tensors (their address is passed, and they are kept alive), integers (32 bits), floats (32) and
-        values of ctypes, which are passed as they are.
+        values of ctypes, which are passed as they are. `cluster` neighbouring blocks in x form a cluster. A `dependent`
+        kernel may start before the one in front of it has ended, and has to wait for it by `griddepcontrol.wait`
+        (programmatic dependent launch). Both need compute capability 9.0.
         """
         if shared_bytes > SHARED_WITHOUT_ASKING:
             _driver_call("cuFuncSetAttribute", self._function, MAX_DYNAMIC_SHARED, shared_bytes)
+        if cluster > PORTABLE_CLUSTER:
+            _driver_call("cuFuncSetAttribute", self._function, NON_PORTABLE_CLUSTER_ALLOWED, 1)
         values = [_value(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        launch, function = _driver().cuLaunchKernel, self._function
-        sizes = (*grid, threads, 1, 1, shared_bytes)
+        function = self._function
+        if cluster == 1 and not dependent:
+            launch, sizes = _driver().cuLaunchKernel, (*grid, threads, 1, 1, shared_bytes)
 
-        def run() -> None:
-            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-            status = launch(function, *sizes, stream, pointers, None)
-            if status:
-                raise RuntimeError(f"cuLaunchKernel of {self.name} failed with CUDA error {status}")
+            def run() -> None:
+                stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+                status = launch(function, *sizes, stream, pointers, None)
+                if status:
+                    raise RuntimeError(f"cuLaunchKernel of {self.name} failed with CUDA error {status}")
+
+        else:
+            launch = _driver().cuLaunchKernelEx
+            attributes = _attributes(cluster, dependent)
+            config = _LaunchConfig(*grid, threads, 1, 1, shared_bytes, None, attributes, len(attributes))
+            reference = ctypes.byref(config)
+
+            def run() -> None:
+                config.stream = torch.cuda.current_stream().cuda_stream
+                status = launch(reference, function, pointers, None)
+                if status:
+                    raise RuntimeError(f"cuLaunchKernelEx of {self.name} failed with CUDA error {status}")
 
         # what the pointers point to must live as long as the function
         run.kept = (values, arguments)  # type: ignore[attr-defined]
         return run
+
+    def resident_clusters(self, threads: int, shared_bytes: int, cluster: int) -> int:
+        """Clusters of so many blocks that the current device holds at once: its units have unequal numbers of SMs."""
+        if shared_bytes > SHARED_WITHOUT_ASKING:
+            _driver_call("cuFuncSetAttribute", self._function, MAX_DYNAMIC_SHARED, shared_bytes)
+        attributes = _attributes(cluster, dependent=False)
+        config = _LaunchConfig(cluster, 1, 1, threads, 1, 1, shared_bytes, None, attributes, len(attributes))
+        found = ctypes.c_int()
+        _driver_call("cuOccupancyMaxActiveClusters", ctypes.byref(found), self._function, ctypes.byref(config))
+        return found.value
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h: a number and a union of 64 bytes."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint * 16))
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z")),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("count", ctypes.c_uint),
+    )
+
+
+def _attributes(cluster: int, dependent: bool) -> Any:
+    wanted = [(CLUSTER_DIMENSION, (cluster, 1, 1))] if cluster > 1 else []
+    if dependent:
+        wanted.append((PROGRAMMATIC_STREAM_SERIALIZATION, (1, 0, 0)))
+    attributes = (_LaunchAttribute * len(wanted))()
+    for attribute, (number, values) in zip(attributes, wanted, strict=True):
+        attribute.id = number
+        attribute.value[:3] = values
+    return attributes
 
 
 def kernel(source: str, name: str, macros: Mapping[str, int], device: torch.device, features: str = "") -> Kernel:
@@ -77,19 +151,25 @@ def kernel(source: str, name: str, macros: Mapping[str, int], device: torch.devi
     CompileError with NVRTC's log; OSError where there is no libnvrtc.
     """
     major, minor = torch.cuda.get_device_capability(device)
+    _make_context_current(device)
     return _loaded(source, name, tuple(sorted(macros.items())), f"{major}{minor}{features}")
 
 
 def compiled(source: str, macros: Mapping[str, int], capability: int | str) -> bytes:
-    """The cubin of a source for a compute capability, from Triton's cache folder where it lies there; needs no GPU."""
+    """The cubin of a source for a compute capability, from SHIPPED or Triton's cache folder where it lies there."""
     version = (ctypes.c_int * 2)()
     nvrtc = _nvrtc()
     _nvrtc_call(nvrtc.nvrtcVersion(ctypes.byref(version, 0), ctypes.byref(version, ctypes.sizeof(ctypes.c_int))))
     what = repr((source, sorted(macros.items()), str(capability), list(version)))
-    path = Path(triton.knobs.cache.dir) / f"nvrtc-{hashlib.sha256(what.encode()).hexdigest()}.cubin"
-    if path.is_file():
-        return path.read_bytes()
+    name = f"nvrtc-{hashlib.sha256(what.encode()).hexdigest()}.cubin"
+    path = Path(triton.knobs.cache.dir) / name
+    for known in (*(folder / name for folder in SHIPPED), path):
+        if known.is_file():
+            return known.read_bytes()
+    began = time.perf_counter()
     cubin = compile_source(source, macros, capability)
+    for listener in LISTENERS:
+        listener(time.perf_counter() - began)
     path.parent.mkdir(parents=True, exist_ok=True)
     # in one step, since processes that compile ahead share the folder
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
@@ -121,6 +201,18 @@ def compile_source(source: str, macros: Mapping[str, int], capability: int | str
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
 
+def _make_context_current(device: torch.device) -> None:
+    """A process that has not yet touched the device through PyTorch has no context, and a module needs one."""
+    _driver_call("cuInit", 0)
+    context, number = ctypes.c_void_p(), ctypes.c_int()
+    _driver_call("cuCtxGetCurrent", ctypes.byref(context))
+    if not context:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        _driver_call("cuDeviceGet", ctypes.byref(number), index)
+        _driver_call("cuDevicePrimaryCtxRetain", ctypes.byref(context), number)
+        _driver_call("cuCtxSetCurrent", context)
+
+
 @cache
 def _loaded(source: str, name: str, macros: tuple[tuple[str, int], ...], capability: int | str) -> Kernel:
     cubin = compiled(source, dict(macros), capability)
@@ -136,6 +228,16 @@ def _value(argument: Any) -> Any:
     if isinstance(argument, ctypes._SimpleCData | ctypes.Array):
         return argument
     return ctypes.c_int32(argument) if isinstance(argument, int) else ctypes.c_float(argument)
+
+
+@cache
+def available() -> bool:
+    """Whether there is a libnvrtc to compile with."""
+    try:
+        _nvrtc()
+    except OSError:
+        return False
+    return True
 
 
 @cache

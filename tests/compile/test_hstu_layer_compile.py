@@ -57,10 +57,23 @@ def persistent_calls() -> Mapping[str, Call]:
     x, vqk = absent(TOKENS, WIDTH), absent(TOKENS, 3 * WIDTH)
     weight, bias = absent(WIDTH, 4 * WIDTH)[:, WIDTH:], absent(3 * WIDTH)
     config, out_weight = hstu_linear.PERSISTENT, absent(WIDTH, WIDTH)
+    whole, uvqk = absent(WIDTH, 4 * WIDTH), absent(TOKENS, 4 * WIDTH)
     return {
         "SiLU": hstu_linear.persistent_call(x, weight, bias, None, None, vqk, True, config, 132),
         "SiLU and before": hstu_linear.persistent_call(x, weight, bias, None, vqk, vqk, True, config, 132),
         "residual": hstu_linear.persistent_call(x, out_weight, None, x, None, x, False, config, 132),
+        **{
+            f"SiLU of a part, {other['BLOCK_M']} x {other['BLOCK_N']}": hstu_linear.persistent_call(
+                x, whole, absent(4 * WIDTH), None, None, uvqk, True, other, 132, first=WIDTH
+            )
+            for other, _ in hstu_linear.PERSISTENT_WAVES
+        },
+        **{
+            f"residual, {other['BLOCK_M']} x {other['BLOCK_N']}": hstu_linear.persistent_call(
+                x, out_weight, None, x, None, x, False, other, 132
+            )
+            for other, _ in hstu_linear.PERSISTENT_WAVES[1:]
+        },
     }
 
 

@@ -153,6 +153,31 @@ def test_linear_maps(tokens: int, depth: int, columns: int, way: str, dtype: tor
     assert error(hstu_linear.added(x, weight, residual, way), product + residual.double()) <= ROUNDING[dtype]
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("way", hstu_linear.ROUTES)
+@pytest.mark.parametrize("first", [0, 24, 200])
+def test_linear_map_with_silu_from_a_column_on(first: int, way: str) -> None:
+    """Wherever the column lies in a tile."""
+    x, weight = strided(70, 40, torch.float16), strided(40, 272, torch.float16) / 40**0.5
+    bias = torch.randn(272).half()
+    product = x.double() @ weight.double() + bias.double()
+    y = hstu_linear.partly_activated(x, weight, bias, first, way)
+    expected = torch.cat([product[:, :first], F.silu(product[:, first:])], dim=1)
+    assert error(y, expected) <= ROUNDING[torch.float16]
+
+
+def test_tiles_follow_the_work() -> None:
+    """Few rows in small tiles, so that no multiprocessor is left without; many in the largest."""
+
+    def tile(rows: int, columns: int) -> tuple[int, int]:
+        config = hstu_linear.soonest(rows, columns, 132)
+        return config["BLOCK_M"], config["BLOCK_N"]
+
+    assert tile(384, 1024) == (64, 64)
+    assert tile(384, 4096) == (128, 128)
+    assert tile(3072, 4096) == tile(100_000, 1024) == (128, 256)
+
+
 def test_an_unknown_way_is_refused() -> None:
     x = torch.zeros(1, 8, dtype=torch.float16)
     with pytest.raises(ValueError, match="persistent"):
