@@ -50,15 +50,16 @@ def sensitivity(evidence: Evidence) -> Iterator[Finding]:
 
     Whether it shows is taken from the data: of a provider's points there must be one with no more work that takes
     clearly longer. A time that launches hold up, which nothing makes longer, is no fault; an unsteady time proves
-    nothing.
+    nothing, nor does one that launches may have held up, since a host is slower at some times than at others.
     """
     for group in _groups(evidence):
+        held_s = _held_up(group, _whole(group))
         for flat in group:
             base = min((p for p in group if p.new == flat.new), key=lambda point: point.total)
             if base is flat:
                 continue
             grown = flat.summary.p90 - base.summary.p10
-            witness = _witness(group, base, flat)
+            witness = _witness(group, base, flat, held_s)
             if witness and _is_flat(base, flat) and grown < SHARE * _rise(base, witness):
                 yield Finding(
                     "sensitivity",
@@ -137,10 +138,33 @@ def _is_flat(low: _Timed, high: _Timed) -> bool:
     return high.summary.p10 <= (1 + EQUAL) * low.summary.p90
 
 
-def _witness(group: Sequence[_Timed], base: _Timed, flat: _Timed) -> _Timed | None:
-    """The point with no more work than `flat` that takes longest, if clearly longer than `base`."""
+def _whole(group: Sequence[_Timed]) -> Sequence[_Timed]:
+    """The points with nothing cached."""
+    return [point for point in group if point.new == point.total]
+
+
+def _held_up(points: Sequence[_Timed], whole: Sequence[_Timed]) -> float:
+    """The longest time of `points` that their work does not explain, 0 where there is none.
+
+    Points of `whole` have nothing cached and one kind of work. Where so much of it is done in clearly less time than as
+    much or less takes elsewhere, something else held that up: launches, mostly.
+    """
+    held = [
+        point.summary.p90
+        for point in points
+        if any(other.needs >= point.needs and _rise(other, point) >= VISIBLE * other.summary.median for other in whole)
+    ]
+    return max(held, default=0.0)
+
+
+def _witness(group: Sequence[_Timed], base: _Timed, flat: _Timed, held_s: float) -> _Timed | None:
+    """The point with no more work than `flat` that takes longest, if clearly longer than `base` for its work."""
     shown = [
-        point for point in group if point.needs <= flat.needs and _rise(base, point) >= VISIBLE * base.summary.median
+        point
+        for point in group
+        if point.needs <= flat.needs
+        and point.summary.p10 > held_s
+        and _rise(base, point) >= VISIBLE * base.summary.median
     ]
     return max(shown, key=lambda point: _rise(base, point), default=None)
 
@@ -150,9 +174,12 @@ def _unused(evidence: Evidence, group: Sequence[_Timed]) -> Iterator[Finding]:
     provider = group[0].result.cell.provider
     if provider == evidence.recipe.baseline:
         return
-    for whole in group:
+    nothing_cached = _whole(group)
+    # its other times are what is in question
+    held_s = _held_up(nothing_cached, nothing_cached)
+    for whole in nothing_cached:
         for part in group:
-            if whole.new != whole.total or part.total != whole.total or part.new == part.total:
+            if whole.summary.p10 <= held_s or part.total != whole.total or part.new == part.total:
                 continue
             saved = whole.summary.p90 - part.summary.p10
             quick = [
@@ -160,6 +187,9 @@ def _unused(evidence: Evidence, group: Sequence[_Timed]) -> Iterator[Finding]:
                 for point in group
                 if point.needs >= part.needs and _rise(point, whole) >= VISIBLE * whole.summary.median
             ]
+            if any(point.new < point.total == part.total for point in quick):
+                # the cache does gain there: what holds this point up is something else
+                continue
             witness = max(quick, key=lambda point: _rise(point, whole), default=None)
             if witness and _is_flat(part, whole) and saved < SHARE * _rise(witness, whole):
                 yield Finding(
