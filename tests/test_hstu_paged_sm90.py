@@ -20,7 +20,12 @@ from typing import Any
 import pytest
 import torch
 
-from smbench_kernels import hstu_attention_sm90_schedule, hstu_paged_sm90, hstu_paged_sm90_schedule
+from smbench_kernels import (
+    hstu_attention_sm90_schedule,
+    hstu_paged_attention,
+    hstu_paged_sm90,
+    hstu_paged_sm90_schedule,
+)
 from smbench_kernels.hstu_graphs import PaddedShape, empty_batch
 from smbench_kernels.hstu_paged import PagedBatch
 from smbench_kernels.hstu_paged_sm90_kernel import KERNEL
@@ -298,3 +303,20 @@ def test_the_kernel_gets_the_parameters_that_it_declares(monkeypatch: pytest.Mon
     room = hstu_paged_sm90.Workspace(none, none)
     hstu_paged_sm90.attend(q, q, q, cache, batch, 1.0, torch.empty_like(q), appends=True, workspace=room)
     assert [passed(argument) for argument in launched[0]] == declared()
+
+
+@pytest.mark.parametrize(("max_rows", "launches"), [(384, ["appends and attends"]), (4352, ["append", "attends"])])
+def test_many_rows_are_appended_by_a_launch_of_their_own(
+    max_rows: int, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def attend(*_: object, appends: bool, **__: object) -> None:
+        made.append("appends and attends" if appends else "attends")
+
+    monkeypatch.setattr(hstu_paged_sm90, "supports", lambda *_: None)
+    monkeypatch.setattr(hstu_paged_sm90, "attend", attend)
+    monkeypatch.setattr(hstu_paged_attention, "append", lambda *_: made.append("append"))
+    q, cache, batch = tensors()
+    hstu_paged_attention.append_and_attend(q, q, q, cache, replace(batch, max_rows=max_rows), 1.0)
+    assert made == launches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 
 import numpy as np
@@ -252,3 +253,33 @@ def test_a_repeated_step_waits_for_its_own_users_copies_alone(monkeypatch: pytes
     # the host's memory may be somebody else's as soon as the cache is gone
     del cache
     assert left and all(event.query() for event in left)
+
+
+@pytest.mark.parametrize("left", ["finish", "another step", "drain"])
+def test_a_layers_copies_are_enqueued_one_layer_ahead(left: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device takes so many copies: were all enqueued beforehand, the host would wait and no layer run beside them."""
+    LateEvent.order = random.Random(0)
+    for name, value in (("Event", LateEvent), ("Stream", LateStream)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: LateStream())
+    sizes = dataclasses.replace(SIZES, layers=5)
+    cache = KVCache(sizes, 20, CPU, PinnedStore(sizes, 9, CHUNK, pinned=False))
+    cache._in, cache._out = LateStream(), LateStream()  # type: ignore[assignment]
+    cache.finish(cache.begin([1], [16]))
+    cache.rewind(1, 0, 16)
+    copied: list[int] = []
+    monkeypatch.setattr(cache._loader, "layer", copied.append)
+    step = cache.begin([1], [20])
+    assert step.sources == ["host"] and copied == [0]
+    for layer in range(3):
+        cache.wait(step, layer)
+        assert copied == list(range(layer + 2))
+    # who stops in the middle leaves nothing behind
+    if left == "another step":
+        assert cache.begin([2], [4]).sources == ["none"]
+    else:
+        cache.finish(step) if left == "finish" else cache.drain()
+    assert copied == list(range(5))
+    cache.drain()
+    assert cache._loading is None and not cache._transfers

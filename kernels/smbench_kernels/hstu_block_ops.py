@@ -158,18 +158,22 @@ class _Cached:
 
 
 class _Onload:
-    """Copies from the host for one step, layer by layer on a stream of its own, or before the first layer."""
+    """Copies from the host for one step, layer by layer on a stream of its own, or before the first layer.
+
+    A layer's copies are enqueued when the layer before it is: all of them at once would not fit what a device takes,
+    and would keep the host from enqueueing the first layer.
+    """
 
     def __init__(self, cached: _Cached, overlap: bool) -> None:
         self._cached, self._overlap = cached, overlap
         device = cached.pool.device
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._arrived: list[torch.cuda.Event] = []
+        self._begun: torch.cuda.Event | None = None
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def start(self, turn: int) -> None:
-        """Enqueue all copies of a step."""
-        layers = range(self._cached.sizes.layers)
+        """Begin with the copies of a step."""
         counted, host = self._cached.counted, self._cached.host
         assert host is not None
         counted["onloaded_bytes"] += host.nbytes
@@ -182,22 +186,33 @@ class _Onload:
         # the set's pages were read by the step before the last one
         self._stream.wait_stream(current)
         self._arrived = []
-        begun = torch.cuda.Event(enable_timing=True)
-        begun.record(self._stream)
+        self._begun = torch.cuda.Event(enable_timing=True)
+        self._begun.record(self._stream)
         with torch.cuda.stream(self._stream):
-            mover = self._cached.aim(turn)
-            for layer in layers:
-                mover.layer(layer)
-                event = torch.cuda.Event(enable_timing=layer == layers[-1])
-                event.record(self._stream)
-                self._arrived.append(event)
-        self._spans.append((begun, self._arrived[-1]))
-        if not self._overlap:
+            self._cached.aim(turn)
+        if self._overlap:
+            self._load(1)
+        else:
+            self._load(self._cached.sizes.layers)
             current.wait_event(self._arrived[-1])
 
+    def _load(self, end: int) -> None:
+        """Enqueue the copies of the layers before `end`, as far as they are not yet."""
+        assert self._stream is not None and self._begun is not None and self._cached.mover is not None
+        layers = self._cached.sizes.layers
+        with torch.cuda.stream(self._stream):
+            for layer in range(len(self._arrived), min(end, layers)):
+                self._cached.mover.layer(layer)
+                event = torch.cuda.Event(enable_timing=layer + 1 == layers)
+                event.record(self._stream)
+                self._arrived.append(event)
+                if layer + 1 == layers:
+                    self._spans.append((self._begun, event))
+
     def wait(self, layer: int) -> None:
-        """Have the current stream wait for a layer's copies."""
+        """Have the current stream wait for a layer's copies, and enqueue those of the next."""
         if self._arrived:
+            self._load(layer + 2)
             torch.cuda.current_stream(self._cached.pool.device).wait_event(self._arrived[layer])
 
     def counts(self) -> Mapping[str, int]:

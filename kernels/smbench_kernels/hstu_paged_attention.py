@@ -73,12 +73,18 @@ def append_and_attend(
     alpha: float,
     workspace: hstu_paged_sm90.Workspace | None = None,
 ) -> torch.Tensor:
-    """`append`, then `attend`: in one launch where the card, the dtype and the head's width have a kernel for it."""
-    if alpha > 0 and hstu_paged_sm90.supports(q, k, v, cache, batch) is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        return hstu_paged_sm90.attend(q, k, v, cache, batch, alpha, out, appends=True, workspace=workspace)
-    append(cache, k, v, batch)
-    return attend(q, k, v, cache, batch, alpha)
+    """`append`, then `attend`: by the kernel that the card, the dtype and the head's width have, else by Triton.
+
+    That kernel appends as well, beside its products, where rows are few; many rows would outlast them.
+    """
+    fitting = alpha > 0 and hstu_paged_sm90.supports(q, k, v, cache, batch) is None
+    appends = fitting and batch.max_rows <= hstu_paged_sm90.MOST_ROWS_TO_APPEND
+    if not appends:
+        append(cache, k, v, batch)
+    if not fitting:
+        return attend(q, k, v, cache, batch, alpha)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return hstu_paged_sm90.attend(q, k, v, cache, batch, alpha, out, appends=appends, workspace=workspace)
 
 
 def append(cache: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PagedBatch) -> None:

@@ -32,6 +32,9 @@ STRIP = 128
 DEFAULT = Stream(64, 3, 2)
 PAGE_SIZES = (16, 32, 64, 128)
 """Those that divide a tile, or that a tile divides."""
+MOST_ROWS_TO_APPEND = 640
+"""Of a sequence. One warp of a thread block appends, which the products of 128 new rows and 256 candidates over a long
+history hide; where 4096 rows are new it takes twice as long as they do (deduced from times on an H200)."""
 NAME = "hstu_paged"
 
 

@@ -45,7 +45,7 @@ class Step:
     """Users that lost their pages on the device for it."""
     _holds: list[Hold]
     _onloaded: list[torch.cuda.Event] = field(default_factory=list)
-    """By layer: after its copies; empty where nothing was copied, or at once."""
+    """By layer, as far as its copies are enqueued: after them; empty where nothing was copied, or at once."""
 
 
 @dataclass(slots=True)
@@ -62,6 +62,15 @@ class _Transfer:
     def of(self, user: int) -> bool:
         """Whether it keeps anything of a user."""
         return any(lease.user == user for lease in self.leases) or any(hold.user == user for hold in self.holds)
+
+
+@dataclass(slots=True)
+class _Loading:
+    """A step whose copies from the host are not all enqueued."""
+
+    step: Step
+    leases: Sequence[Lease]
+    begun: torch.cuda.Event
 
 
 class _Events:
@@ -111,6 +120,7 @@ class KVCache:
         self._events = _Events()
         # the last copy of a user's chunks to the host: whoever reads them waits for it
         self._stored: dict[int, torch.cuda.Event] = {}
+        self._loading: _Loading | None = None
         if store is None:
             return
         self._chunk_pages = store.chunk_tokens // sizes.page_size
@@ -128,6 +138,9 @@ class KVCache:
         # page-locked memory goes to whoever asks next once nobody names it: not before its copies are done
         for transfer in getattr(self, "_transfers", ()):
             transfer.done.synchronize()
+        if (loading := getattr(self, "_loading", None)) is not None:
+            for event in loading.step._onloaded:
+                event.synchronize()
 
     def begin(self, users: Sequence[int], totals: Sequence[int]) -> Step:
         """Find what is cached of each user, bring in what the host has, make room for `totals` tokens.
@@ -135,6 +148,7 @@ class KVCache:
         `totals` counts a user's whole history with what is new in it. CacheFull and ValueError as `PageTable.grow`;
         either leaves the cache as it was.
         """
+        self._load_all()
         if self._transfers:
             self._collect(wait=False)
         on_device = [self.table.tokens(user) for user in users]
@@ -171,7 +185,13 @@ class KVCache:
         return step
 
     def wait(self, step: Step, layer: int) -> None:
-        """Have the current stream wait until what is cached of a layer lies in its pages."""
+        """Have the current stream wait until what is cached of a layer lies in its pages.
+
+        To be called for one layer after the other: each call enqueues the copies of the layer behind it. All of them
+        beforehand would not fit what a device takes, and would keep the host from enqueueing the first layer.
+        """
+        if (loading := self._loading) is not None and loading.step is step:
+            self._load(loading, min(layer + 2, self.sizes.layers))
         if step._onloaded:
             torch.cuda.current_stream(self.device).wait_event(step._onloaded[layer])
 
@@ -183,6 +203,7 @@ class KVCache:
         if self._store is None:
             self._release(step._holds)
             return
+        self._load_all()
         copies = self._chunks_to_store(step)
         leases = [lease for lease, _ in copies]
         if self._out is None:
@@ -211,6 +232,7 @@ class KVCache:
 
     def drain(self) -> None:
         """Wait for every copy and give back what they held."""
+        self._load_all()
         self._collect(wait=True)
 
     def rewind(self, user: int, on_device: int, on_host: int) -> None:
@@ -218,6 +240,7 @@ class KVCache:
 
         For repeating a step as if it had not been. Pages that stay hold what they held.
         """
+        self._load_all()
         while any(transfer.of(user) for transfer in self._transfers):
             self._transfers[0].done.synchronize()
             self._collect(wait=False)
@@ -253,7 +276,7 @@ class KVCache:
         }
 
     def _onload(self, step: Step, leases: dict[int, Lease]) -> None:
-        """Copy leased chunks into their pages, layer by layer."""
+        """Copy leased chunks into their pages by layer; with `overlap` all but the first when their turn is near."""
         chunks = np.concatenate([lease.addresses for lease in leases.values()])
         begins = {index: int(step.page_offsets[index]) for index in leases}
         pages = np.concatenate([step.page_ids[begins[i] : begins[i] + self._pages(x)] for i, x in leases.items()])
@@ -271,16 +294,32 @@ class KVCache:
         for lease in held:
             if (stored := self._stored.get(lease.user)) is not None:
                 self._in.wait_event(stored)
-        layers, arrived = self.sizes.layers, step._onloaded
         begun = self._events.record(self._in, timing=True)
         with torch.cuda.stream(self._in):
             self._loader.take(chunks, pages)
-            for layer in range(layers):
-                self._loader.layer(layer)
-                arrived.append(self._events.record(self._in, timing=layer + 1 == layers))
-        if not self.overlap:
-            torch.cuda.current_stream(self.device).wait_event(arrived[-1])
-        self._transfers.append(_Transfer(arrived[-1], held, (), "onload_ns", begun))
+        self._loading = loading = _Loading(step, held, begun)
+        if self.overlap:
+            self._load(loading, 1)
+        else:
+            self._load_all()
+            torch.cuda.current_stream(self.device).wait_event(step._onloaded[-1])
+
+    def _load(self, loading: _Loading, end: int) -> None:
+        """Enqueue a step's copies of the layers before `end`, as far as they are not yet."""
+        assert self._in is not None
+        layers, arrived = self.sizes.layers, loading.step._onloaded
+        with torch.cuda.stream(self._in):
+            while len(arrived) < end:
+                self._loader.layer(len(arrived))
+                arrived.append(self._events.record(self._in, timing=len(arrived) + 1 == layers))
+        if len(arrived) == layers:
+            self._transfers.append(_Transfer(arrived[-1], loading.leases, (), "onload_ns", loading.begun))
+            self._loading = None
+
+    def _load_all(self) -> None:
+        """Enqueue what is left of a step's copies: the next ones have other pages."""
+        if self._loading is not None:
+            self._load(self._loading, self.sizes.layers)
 
     def _chunks_to_store(self, step: Step) -> list[tuple[Lease, Pages]]:
         """Room on the host for each user's whole chunks that are not stored yet, and the pages that go there."""
