@@ -1,7 +1,8 @@
 // Runs the CUDA C++ of smbench_kernels on a processor: the functions of cuda_primitives.py and the built-ins that the
-// kernels use, for one thread block at a time. Each CUDA thread is a fiber; a collective makes a fiber wait for its warp.
+// kernels use, for one thread block or one cluster of them at a time. Each CUDA thread is a fiber; a collective makes a
+// fiber wait for its warp.
 // Asynchronous copies arrive when they are waited for and not before, and their destination is garbage in between, so
-// that a missing wait or an early overwrite shows. What it cannot show: data races between thread blocks.
+// that a missing wait or an early overwrite shows; what one block sends to another arrives as late as it can. What it cannot show: data races between thread blocks.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -20,20 +21,26 @@
 #define __global__
 #define __shared__ static
 #define __align__(n) alignas(n)
-#define __launch_bounds__(n)
+#define __launch_bounds__(...)
 
 typedef unsigned short element;
 constexpr int WARP = 32;
 struct uint2 { unsigned x, y; };
+struct uint4 { unsigned x, y, z, w; };
 struct Index { unsigned x = 0, y = 0, z = 0; };
 
 struct Copy { void *to; const void *from; int bytes, real; };
 struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
-    Index index;
+    Index index, block;
+    unsigned char *memory = nullptr;
+    size_t first_of_block = 0;
     bool done = false;
     const void *waits_for = nullptr;
+    unsigned mailbox = 0;
+    int mail_turn = 0;
+    int cluster_arrivals = 0, cluster_waits = 0;
     unsigned published[8] = {};
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> groups;
@@ -47,14 +54,14 @@ static unsigned char *dynamic_shared;
 #define threadIdx (current->index)
 
 static int lane() { return static_cast<int>(current->index.x) % WARP; }
-static Fiber &of_lane(int other) { return *fibers[current->index.x / WARP * WARP + static_cast<unsigned>(other)]; }
+static Fiber &of_lane(int other) { return *fibers[current->first_of_block + current->index.x / WARP * WARP + static_cast<unsigned>(other)]; }
 static void wait_at(const void *place)
 {
     current->waits_for = place;
     swapcontext(&current->context, &scheduler);
 }
 // all lanes have published before any reads, all have read before any publishes again
-static const char WARP_BARRIER = 0, BLOCK_BARRIER = 0;
+static const char WARP_BARRIER = 0, BLOCK_BARRIER = 0, CLUSTER_BARRIER = 0, MAILBOX = 0;
 static void __syncwarp() { wait_at(&WARP_BARRIER); }
 static void __syncthreads() { wait_at(&BLOCK_BARRIER); }
 static void __threadfence() {}
@@ -221,6 +228,69 @@ template <int N> static Vector<N> loaded(const element *at)
     return found;
 }
 
+// ------------------------------------------------------------------------------------------------ lora_primitives.py
+template <int N> static void load_words(unsigned (&to)[N], const element *at, bool real)
+{
+    if (real && reinterpret_cast<uintptr_t>(at) % sizeof to)
+        std::abort();
+    real ? std::memcpy(to, at, sizeof to) : std::memset(to, 0, sizeof to);
+}
+static unsigned load_element(const element *at, bool real) { return real ? *at : 0; }
+template <int N> static void load_recent_words(unsigned (&to)[N], const element *at, bool real) { load_words(to, at, real); }
+static unsigned load_recent_element(const element *at, bool real) { return real ? *at : 0; }
+template <class T> static void load_recent(T (&to)[4], const T *at)
+{
+    if (reinterpret_cast<uintptr_t>(at) % sizeof to)
+        std::abort();
+    std::memcpy(to, at, sizeof to);
+}
+static int load_recent(const int *at) { return *at; }
+static void wait_for_previous() {}
+static void let_next_start() {}
+struct Mail { unsigned char *to, *mailbox; int reports; float value[4]; };
+struct Mailbox { signed char missing, blocks; short turn; int bytes; };
+static std::vector<unsigned char *> cluster_memory;
+static std::vector<Mail> mails;
+static void cluster_arrive() { ++current->cluster_arrivals; }
+static void cluster_wait()
+{
+    ++current->cluster_waits;
+    wait_at(&CLUSTER_BARRIER);
+}
+static Mailbox &mailbox_at(unsigned char *memory, unsigned at) { return *reinterpret_cast<Mailbox *>(memory + at); }
+static void open_mailbox(unsigned mailbox, int blocks = 1)
+{
+    const signed char count = static_cast<signed char>(blocks);
+    mailbox_at(dynamic_shared, mailbox) = {count, count, 0, 0};
+}
+static void arrive(Mailbox &box, int reports, int bytes)
+{
+    box.missing -= reports;
+    box.bytes += bytes;
+    if (box.missing == 0 && box.bytes == 0)
+        box.missing = box.blocks, box.turn ^= 1;
+}
+static void announce(unsigned mailbox, int bytes) { arrive(mailbox_at(dynamic_shared, mailbox), 1, bytes); }
+static unsigned char *in_block(int block, unsigned at) { return cluster_memory[static_cast<size_t>(block)] + at; }
+static void post(unsigned char *to, unsigned char *mailbox, int reports, const float (&value)[4])
+{
+    Mail mail = {to, mailbox, reports, {}};
+    std::memcpy(mail.value, value, sizeof value);
+    mails.push_back(mail);
+}
+static void send(unsigned to, unsigned mailbox, int block, const float (&value)[4])
+{
+    post(in_block(block, to), in_block(block, mailbox), 0, value);
+}
+static void store_in_block(unsigned to, int block, const float (&value)[4]) { post(in_block(block, to), nullptr, 0, value); }
+static void report(unsigned mailbox, int block) { post(nullptr, in_block(block, mailbox), 1, {}); }
+static void wait_for_mail(unsigned mailbox, int turn)
+{
+    current->mailbox = mailbox;
+    current->mail_turn = turn;
+    wait_at(&MAILBOX);
+}
+
 // -------------------------------------------------------------------------------------------------------- scheduling
 template <class... Arguments, size_t... I>
 static void apply(void (*kernel)(Arguments...), void **arguments, std::index_sequence<I...>)
@@ -242,13 +312,26 @@ static bool released(const Fiber &fiber, size_t begin, size_t end)
             return false;
     return true;
 }
-static void run_block(unsigned threads)
+static bool released_alone(const Fiber &fiber)
+{
+    if (fiber.waits_for == &MAILBOX)
+        return mailbox_at(fiber.memory, fiber.mailbox).turn != fiber.mail_turn;
+    return fiber.waits_for == &CLUSTER_BARRIER && std::all_of(fibers.begin(), fibers.end(), [&](const auto &other) {
+        return other->done || other->cluster_arrivals >= fiber.cluster_waits;
+    });
+}
+// blocks of one cluster, their shared memory in `cluster_memory`; the first of them is `first`
+static void run_cluster(Index first, unsigned threads)
 {
     fibers.clear();
-    for (unsigned i = 0; i < threads; ++i) {
+    for (unsigned i = 0; i < threads * cluster_memory.size(); ++i) {
         fibers.push_back(std::make_unique<Fiber>());
         Fiber &fiber = *fibers.back();
-        fiber.index.x = i;
+        fiber.index.x = i % threads;
+        fiber.block = first;
+        fiber.block.x += i / threads;
+        fiber.first_of_block = i - i % threads;
+        fiber.memory = cluster_memory[i / threads];
         fiber.stack = std::make_unique<char[]>(STACK_BYTES);
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -257,6 +340,8 @@ static void run_block(unsigned threads)
     }
     auto resume = [](Fiber &fiber) {
         current = &fiber;
+        blockIdx = fiber.block;
+        dynamic_shared = fiber.memory;
         fiber.waits_for = nullptr;
         swapcontext(&scheduler, &fiber.context);
     };
@@ -270,9 +355,25 @@ static void run_block(unsigned threads)
                     resume(*fibers[i]);
                 moved = true;
             }
-        if (!moved && fibers[0]->waits_for == &BLOCK_BARRIER && released(*fibers[0], 0, fibers.size())) {
-            for (auto &fiber : fibers)
+        for (auto &fiber : fibers)
+            if (!fiber->done && released_alone(*fiber)) {
                 resume(*fiber);
+                moved = true;
+            }
+        for (size_t begin = 0; !moved && begin < fibers.size(); begin += threads)
+            if (fibers[begin]->waits_for == &BLOCK_BARRIER && released(*fibers[begin], begin, begin + threads)) {
+                for (size_t i = begin; i < begin + threads; ++i)
+                    resume(*fibers[i]);
+                moved = true;
+            }
+        if (!moved && !mails.empty()) {
+            for (const Mail &mail : mails) {
+                if (mail.to)
+                    std::memcpy(mail.to, mail.value, sizeof mail.value);
+                if (mail.mailbox)
+                    arrive(*reinterpret_cast<Mailbox *>(mail.mailbox), mail.reports, mail.to ? -16 : 0);
+            }
+            mails.clear();
             moved = true;
         }
     }
@@ -288,16 +389,21 @@ static void run_block(unsigned threads)
         apply(f, arguments, std::index_sequence_for<Arguments...>());                                                  \
     }                                                                                                                  \
     extern "C" void emulate_##kernel(unsigned x, unsigned y, unsigned z, unsigned threads, unsigned shared_bytes,      \
-                                     const unsigned *order, void **arguments)                                          \
+                                     unsigned cluster, const unsigned *order, void **arguments)                        \
     {                                                                                                                  \
-        std::vector<unsigned char> memory(shared_bytes + 128);                                                         \
-        dynamic_shared = memory.data() + (128 - reinterpret_cast<uintptr_t>(memory.data()) % 128) % 128;               \
+        std::vector<std::vector<unsigned char>> memories(cluster, std::vector<unsigned char>(shared_bytes + 128));     \
+        cluster_memory.clear();                                                                                        \
+        for (auto &memory : memories)                                                                                  \
+            cluster_memory.push_back(memory.data() + (128 - reinterpret_cast<uintptr_t>(memory.data()) % 128) % 128);  \
         gridDim.x = x, gridDim.y = y, gridDim.z = z;                                                                   \
         body = [](void **given) { call_##kernel(kernel, given); };                                                     \
         body_arguments = arguments;                                                                                    \
-        for (unsigned i = 0; i < x * y * z; ++i) {                                                                     \
-            std::memset(dynamic_shared, 0xff, shared_bytes);                                                           \
-            blockIdx.x = order[i] % x, blockIdx.y = order[i] / x % y, blockIdx.z = order[i] / x / y;                   \
-            run_block(threads);                                                                                        \
+        for (unsigned i = 0; i < x * y * z / cluster; ++i) {                                                           \
+            for (unsigned char *memory : cluster_memory)                                                               \
+                std::memset(memory, 0xff, shared_bytes);                                                               \
+            const unsigned first = order[i] * cluster;                                                                 \
+            Index block;                                                                                               \
+            block.x = first % x, block.y = first / x % y, block.z = first / x / y;                                     \
+            run_cluster(block, threads);                                                                               \
         }                                                                                                              \
     }

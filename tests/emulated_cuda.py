@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from smbench_kernels import cuda_primitives
+from smbench_kernels import cuda_primitives, lora_primitives
 
 HEADER = Path(__file__).with_name("cuda_emulation.hpp")
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -28,7 +28,9 @@ def library(source: str, names: tuple[str, ...], macros: tuple[tuple[str, int], 
     """The kernels of a source with emulated primitives; AssertionError where it uses PTX of its own."""
     assert COMPILER
     own = source.removeprefix(cuda_primitives.SOURCE)
-    assert own != source and "asm" not in own, "a kernel's PTX belongs into cuda_primitives, where it is emulated"
+    assert own != source
+    own = own.removeprefix(lora_primitives.OWN)
+    assert "asm" not in own, "a kernel's PTX belongs into cuda_primitives, where it is emulated"
     own = re.sub(
         r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];", r"\1 *\2 = (\1 *)dynamic_shared;", own
     )
@@ -53,8 +55,9 @@ def launch(
     shared_bytes: int,
     arguments: Sequence[Any],
     names: Sequence[str] = (),
+    cluster: int = 1,
 ) -> None:
-    """Run all blocks of a kernel, in random order. Arguments as of `nvrtc.Kernel.launcher`, tensors on the CPU."""
+    """Run all blocks of a kernel, clusters in random order. Arguments as of `nvrtc.Kernel.launcher`, on the CPU."""
     found = library(source, tuple(names) or (name,), tuple(sorted(macros.items())))
     values: list[Any] = []
     for argument in arguments:
@@ -64,6 +67,6 @@ def launch(
         else:
             values.append(ctypes.c_int32(argument) if isinstance(argument, int) else ctypes.c_float(argument))
     pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-    blocks = grid[0] * grid[1] * grid[2]
-    order = (ctypes.c_uint32 * blocks)(*random.sample(range(blocks), blocks))
-    getattr(found, f"emulate_{name}")(*grid, threads, shared_bytes, order, pointers)
+    count = grid[0] * grid[1] * grid[2] // cluster
+    order = (ctypes.c_uint32 * count)(*random.sample(range(count), count))
+    getattr(found, f"emulate_{name}")(*grid, threads, shared_bytes, cluster, order, pointers)

@@ -1,6 +1,7 @@
 """A worker that answers a tuning request with made-up outcomes: `python fake_tuner.py REQUEST`.
 
-A point with batch 8 has no right configuration; at batch 16 the process dies in the middle of its event.
+A point with batch 8 has no right configuration; at batch 16 the process dies in the middle of its event. The library of
+peers is what `FAKE_TUNER_LIBRARY` says; none if that is empty.
 """
 
 from __future__ import annotations
@@ -28,7 +29,17 @@ def main() -> None:
             sys.stdout.flush()
             os._exit(1)
         found = {"config": {"BLOCK": 10 * axes["batch"]}, "time_s": 1e-6, "candidates": 100, "timed": 20}
-        emit("tuned", subject=point["subject"], axes=axes, seconds=0.1, **({} if axes["batch"] == 8 else found))
+        peer = {}
+        if point["provider"]:
+            library = os.environ.get("FAKE_TUNER_LIBRARY", "vllm 0.26.0")
+            if not library:
+                emit("untunable", provider=point["provider"], reason="vllm is not installed in this stack")
+                continue
+            known = {"subject": point["subject"], "provider": point["provider"], "axes": axes, "library": library}
+            if any(known.items() <= row.items() for row in request["known"]):
+                continue
+            peer = {"provider": point["provider"], "library": library}
+        emit("tuned", subject=point["subject"], axes=axes, seconds=0.1, **peer, **({} if axes["batch"] == 8 else found))
     for known in request["known"][: request["quality_points"]]:
         emit(
             "quality",

@@ -95,7 +95,7 @@ def test_list_names_every_recipe_with_its_sizes(tmp_path: Path) -> None:
     assert done.err == ""
     assert sorted(found) == recipe.names(REPOSITORY / "recipes")
     assert found["lora"]["document"] == "000"
-    assert found["lora"]["cells"].keys() == {"full", "quick", "cpu"}
+    assert found["lora"]["cells"].keys() == {"full", "quick", "peers", "cpu"}
     text = smbench(tmp_path, "list").out
     assert all(name in text and row["title"] in text for name, row in found.items())
 

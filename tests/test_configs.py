@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,26 @@ def test_another_dtype_has_no_nearest_entry() -> None:
         configs.lookup(tuned_of(SMALL, LARGE), point_of(1, 1024, "bfloat16"))
 
 
+def test_parameters_of_a_library_hold_for_one_version_of_it(tmp_path: Path) -> None:
+    library = "vllm 0.26.0+cu130"
+    path = configs.path_of("cpu", "bgmv_shrink", tmp_path, library)
+    assert path.name == "bgmv_shrink.vllm-0.26.0+cu130.json"
+    saved = replace(tuned_of(SMALL), device="cpu", library=library)
+    configs.save(path, saved)
+    assert configs.load(path) == saved
+    found = configs.tuned_config("bgmv_shrink", point_of(1, 1024), CPU, tmp_path, library)
+    assert found == (SMALL.config, "tuned-exact")
+    for other in ("vllm 0.33.0", None):
+        with pytest.raises(UnsupportedPoint, match=r"is not tuned for cpu: `make tune`"):
+            configs.tuned_config("bgmv_shrink", point_of(1, 1024), CPU, tmp_path, other)
+
+
+def test_a_file_of_the_first_format_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "bgmv_shrink.json"
+    path.write_text(json.dumps(GOOD))
+    assert configs.load(path).library is None
+
+
 def test_a_device_without_a_file_is_unsupported_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedPoint, match=r"bgmv_shrink is not tuned for cpu: `make tune` with the recipe"):
         configs.tuned_config("bgmv_shrink", point_of(1, 1024), CPU, tmp_path)
@@ -97,7 +118,9 @@ GOOD: dict[str, Any] = {
 }
 ENTRY = GOOD["entries"][0]
 WRONG = {
-    "newer format": ({**GOOD, "format": 2}, "format is 2; this version reads format 1"),
+    "newer format": ({**GOOD, "format": 3}, "format is 3; this version reads formats 1 and 2"),
+    "no library": ({**GOOD, "format": 2}, "library is missing"),
+    "a library before its time": ({**GOOD, "library": "vllm 0.26.0"}, "unknown key library; known: format, op,"),
     "unknown key": ({**GOOD, "speed": 1}, "unknown key speed; known: format, op,"),
     "missing key": ({key: value for key, value in GOOD.items() if key != "method"}, "method is missing"),
     "wrong type": ({**GOOD, "triton": 3.6}, "triton is 3.6; expected str"),

@@ -52,7 +52,8 @@ def prepared_of(name: str, point: Point, inputs: Inputs, most_split: bool) -> Pr
     if not most_split:
         return find_op(name).provider("smbench")(point, inputs)
     tunable = find_op(name).tuning()
-    config = max(tunable.space(point), key=lambda config: config.get("SPLIT_K", config.get("SPLIT_N", 0)))
+    keys = ("SPLIT_K", "SPLIT_N", "PARTS", "CLUSTER")
+    config = max(tunable.space(point), key=lambda config: [config.get(key, 0) for key in keys])
     return tunable.prepare(point, inputs, config)
 
 
@@ -64,7 +65,8 @@ def test_every_sampled_configuration_is_right(name: str, batch: int, hidden: int
     tunable = find_op(name).tuning()
     inputs = make(name, point, 1, no_lora=batch // 8)
     check(name, point, inputs, find_op(name).provider("smbench")(point, inputs).run)
-    for config in tunable.space(point)[::9]:
+    portable = load(f"smbench_kernels.{name}:KERNEL").space(point)
+    for config in [*tunable.space(point)[::9], *portable[::9]]:
         inputs = make(name, point, 2, no_lora=batch // 8)
         check(name, point, inputs, tunable.prepare(point, inputs, config).run)
 
@@ -89,13 +91,15 @@ def test_same_bits_whatever_order_programs_run_in(name: str, most_split: bool) -
 def test_a_graph_is_replayed_for_other_indices(name: str, most_split: bool) -> None:
     point = point_of(name, 33, 4096, 16)
     inputs = make(name, point, 1)
-    run = prepared_of(name, point, inputs, most_split).run
-    run()
+    prepared = prepared_of(name, point, inputs, most_split)
+    prepared.run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
+        prepared.run()
     for none in (0, 5, 33):
         inputs["indices"].copy_(lora.draw_indices(33, 4, none, none))
+        # once per step, for all layers: kernels that take a plan have it filled here
+        prepared.begin()
         check(name, point, inputs, graph.replay)
 
 
@@ -120,7 +124,7 @@ def test_a_launch_finds_what_was_precompiled(name: str) -> None:
     point = point_of(name, 8, 1024, 16)
     inputs = make(name, point, 1)
     kernel: OwnKernel = load(f"smbench_kernels.{name}:KERNEL")
-    config = kernel.default_config(point, hardware.of(torch.device("cuda")))
+    config = kernel.portable_config(point, hardware.of(torch.device("cuda")))
     workspace = Workspace.allocate(*kernel.workspace_sizes(point, config), torch.device("cuda"))
     call = kernel.call(point, inputs, workspace, config)
     launched = call.kernel[call.grid](*call.arguments, **call.options)

@@ -78,8 +78,8 @@ def test_without_a_gpu_the_kernels_are_refused(package: str, tmp_path: Path, mon
 
 def test_sglang_chunks_hold_every_token_once_with_its_adapter() -> None:
     adapters = torch.tensor([2] * 40 + [-1] * 3 + [0] * 16 + [2, 1, -1], dtype=torch.int32)
-    library: Any = SimpleNamespace(batch_info=lambda **fields: SimpleNamespace(**fields))
-    info = lora_sglang._chunks(library, adapters, num_loras=3, rank=8)
+    fields: Any = SimpleNamespace
+    info = lora_sglang.chunks(fields, adapters, num_loras=3, rank=8)
     bounds = info.seg_indptr.tolist()
     covered = []
     for slot, start, end in zip(info.weight_indices.tolist(), bounds, bounds[1:], strict=False):

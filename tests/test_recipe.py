@@ -35,7 +35,7 @@ FAULTS = {
         "verify_only = [",
         "verify_onyl = [",
         "profile.full.verify_onyl: unknown key; known keys here: device, engine, estimate, grid, measure, providers, "
-        "time_limit_s, verify_only; did you mean 'verify_only'?",
+        "template, time_limit_s, verify_only; did you mean 'verify_only'?",
     ),
     "unknown key of a row": (
         "samples = 5",
@@ -86,7 +86,7 @@ FAULTS = {
     "wrong choice": (
         'selection = "default"',
         'selection = "defalt"',
-        "providers.ours.selection: Input should be 'default', 'tuned' or 'library', found 'defalt'",
+        "providers.ours.selection: Input should be 'default', 'tuned', 'library' or 'library-tuned', found 'defalt'",
     ),
     "axis with no values": (
         'hidden_size = "sizes"',

@@ -62,6 +62,16 @@ def test_the_best_of_a_small_space_is_found_whatever_the_model_says(times: dict[
     assert (choice.candidates, choice.timed) == (len(times), len(times))
 
 
+def test_a_library_is_not_starved_by_our_model() -> None:
+    slow_by_model = {block: 1.0 if block < 200 else 99.0 for block in range(1, 201)}
+    own = tunable(slow_by_model)
+    clock = Clock({block: 1e-6 if block == 200 else 2e-6 for block in slow_by_model})
+    choice = search(POINT, dataclasses.replace(own, exhaustive=True), {}, clock)
+    assert choice is not None and (choice.config, choice.timed) == ({"BLOCK": 200}, 200)
+    ours = search(POINT, own, {}, clock)
+    assert ours is not None and ours.timed < 200
+
+
 def test_a_hopeless_configuration_is_never_run() -> None:
     clock = Clock({1: 2e-6, 2: 1e-6})
     choice = search(POINT, tunable({1: 1.0, 2: 99.0}), {}, clock)
@@ -96,32 +106,35 @@ def test_the_shortlist_is_timed_there_and_back() -> None:
     assert SHORTLIST >= 2
 
 
-def tuned_plan(batches: list[int], provider: str = "smbench-tuned") -> plan.Plan:
+def tuned_plan(batches: list[int], *providers: str) -> plan.Plan:
     """The shipped recipe's plan, at some batches of one operation and size."""
     text = (Path(__file__).parents[1] / "recipes" / "lora.toml").read_bytes()
-    whole = plan.make(recipe.parse(text, "lora.toml"), text, "full", plan.Here("NVIDIA H200", stacks=AllInstalled(())))
+    profile = "peers" if "vllm-tuned" in providers else "full"
+    size = {"hidden_size": 4096, "rank": 16, "num_loras": 8} if profile == "peers" else {"hidden_size": 128}
+    here = plan.Here("NVIDIA H200", stacks=AllInstalled(()))
+    whole = plan.make(recipe.parse(text, "lora.toml"), text, profile, here)
     entries = [
         entry
         for entry in whole.entries
-        if (entry.cell.subject, entry.cell.provider) == ("bgmv_shrink", provider)
-        and entry.cell.axes["hidden_size"] == 128
+        if entry.cell.subject == "bgmv_shrink"
+        and entry.cell.provider in (providers or ("smbench-tuned",))
+        and size.items() <= entry.cell.axes.items()
         and entry.cell.axes["batch"] in batches
     ]
-    assert len(entries) == len(batches)
+    assert len(entries) == len(batches) * max(1, len(providers))
     return dataclasses.replace(whole, entries=entries)
 
 
-def tuned(folder: Path, batches: list[int], quality_points: int = 0) -> tune.Tuned:
+def tuned(folder: Path, batches: list[int], *providers: str, quality_points: int = 0) -> tune.Tuned:
     folder.mkdir(exist_ok=True)
-    return tune.tune(
-        tuned_plan(batches), folder, "A Card", 1e12, quality_points, lambda _: None, folder / "configs", FAKE
-    )
+    planned = tuned_plan(batches, *providers)
+    return tune.tune(planned, folder, "A Card", 1e12, quality_points, lambda _: None, folder / "configs", FAKE)
 
 
-def entries(folder: Path) -> dict[int, Config]:
+def entries(folder: Path, library: str | None = None) -> dict[int, Config]:
     """Configuration by batch, as a provider would read it."""
-    file = configs.load(configs.path_of("A Card", "bgmv_shrink", folder / "configs"))
-    assert (file.device, file.triton) == ("A Card", "9.9")
+    file = configs.load(configs.path_of("A Card", "bgmv_shrink", folder / "configs", library))
+    assert (file.device, file.triton, file.library) == ("A Card", "9.9", library)
     return {int(entry.point["batch"]): entry.config for entry in file.entries}
 
 
@@ -165,9 +178,44 @@ def test_the_comparison_with_an_exhaustive_search_is_told(tmp_path: Path) -> Non
     assert "what the files held against the exhaustive best of 2 random points: 0 within 2 %" in said[3]
 
 
+BOTH = ("smbench-tuned", "vllm-tuned")
+
+
+def test_a_library_has_a_file_of_its_own(tmp_path: Path) -> None:
+    assert tuned(tmp_path, [1, 256], *BOTH).searched == 4
+    assert entries(tmp_path) == entries(tmp_path, "vllm 0.26.0") == {1: {"BLOCK": 10}, 256: {"BLOCK": 2560}}
+    assert tuned(tmp_path, [1, 256], *BOTH).searched == 0
+
+
+def test_another_version_of_a_library_is_searched_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned(tmp_path, [1], *BOTH)
+    monkeypatch.setenv("FAKE_TUNER_LIBRARY", "vllm 0.33.0")
+    assert tuned(tmp_path, [1, 256], *BOTH).searched == 3
+    assert entries(tmp_path, "vllm 0.26.0") == {1: {"BLOCK": 10}}
+    assert entries(tmp_path, "vllm 0.33.0") == {1: {"BLOCK": 10}, 256: {"BLOCK": 2560}}
+
+
+def test_a_library_that_is_not_here_leaves_ours_to_be_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_TUNER_LIBRARY", "")
+    done = tuned(tmp_path, [1], *BOTH)
+    assert done.searched == 1 and entries(tmp_path) == {1: {"BLOCK": 10}}
+    assert done.lines()[0] == "vllm-tuned was not searched: vllm is not installed in this stack"
+
+
+def test_the_second_space_is_searched_around_the_winner_of_the_first() -> None:
+    first = tunable({1: 1.0, 2: 1.0})
+    twice = dataclasses.replace(first, refine=lambda _, config: [{"BLOCK": 10 * config["BLOCK"]}, config])
+    both = dataclasses.replace(twice, predict=lambda _point, _config, _facts: 1.0)
+    choice = search(POINT, both, {}, Clock({1: 3e-6, 2: 2e-6, 20: 1e-6}))
+    assert choice is not None and choice.config == {"BLOCK": 20}
+    assert (choice.candidates, choice.timed) == (4, 4)
+    worse = search(POINT, both, {}, Clock({1: 3e-6, 2: 2e-6, 20: 4e-6}))
+    assert worse is not None and worse.config == {"BLOCK": 2}
+
+
 def test_a_plan_with_nothing_tuned_is_refused() -> None:
     with pytest.raises(UsageError, match="no provider has selection 'tuned', so there is nothing to tune"):
-        tune.points_of(tuned_plan([1], provider="smbench"))
+        tune.points_of(tuned_plan([1], "smbench"))
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU here")

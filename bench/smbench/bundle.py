@@ -353,6 +353,7 @@ def _vocabulary(run: Run) -> set[str]:
     known = run.recipe
     names = {known.name, known.stack, known.template, *known.providers, *known.profile, *known.values}
     names |= {measure.name for profile in known.profile.values() for measure in profile.measure}
+    names |= {profile.template for profile in known.profile.values() if profile.template}
     names |= {name for model in _MODELS for name in model.model_fields}
     for cell in run.cells:
         names |= {cell.subject, *cell.axes, *(value for value in cell.axes.values() if isinstance(value, str))}

@@ -93,7 +93,7 @@ def selection(evidence: Evidence) -> Iterator[Finding]:
     for result in evidence.results:
         if result.selection is None or result.status not in ("ok", "verified"):
             continue
-        promised = evidence.recipe.providers[result.cell.provider].selection
+        promised = evidence.recipe.providers[result.cell.provider].selection.removeprefix("library-")
         if not result.selection.source.startswith(promised):
             yield Finding(
                 "selection",

@@ -41,8 +41,8 @@ class ProviderRow(Table):
     requires: list[str] = []
     """Python packages that must be importable where it runs."""
     devices: list[Literal["cuda", "cpu"]] = ["cuda", "cpu"]
-    selection: Literal["default", "tuned", "library"]
-    """Where its launch parameters must come from; the selection guard holds it to that."""
+    selection: Literal["default", "tuned", "library", "library-tuned"]
+    """Where its launch parameters must come from, as a guard demands; `library-tuned`: our tuner's, for a library."""
     interpreted: bool = False
     """A Triton kernel: on a CPU the interpreter runs it, so it can be verified but not timed."""
     stack: Name | None = None
@@ -170,6 +170,8 @@ class Profile(Table):
     grid: Annotated[list[Grid], Field(min_length=1)]
     measure: Annotated[list[MeasureRow], Field(min_length=1)]
     estimate: Estimate
+    template: str | None = None
+    """Template of its report, where that is not the recipe's."""
     engine: EngineLimits | None = None
     """In recipes of kind `engine`, and there it must be."""
 

@@ -34,6 +34,7 @@ DOCUMENTS: Mapping[str, str] = {
     "hstu-inference.md.j2": "smbench.document_hstu_inference:HstuInference",
     "hstu-layer.md.j2": "smbench.document_hstu_layer:HstuLayer",
     "lora.md.j2": "smbench.document_lora:Lora",
+    "lora-peers.md.j2": "smbench.document_lora_peers:Peers",
     "paged-attention.md.j2": "smbench.document_paged:Paged",
 }
 """Template to `module:attribute` of its Document: called with a View and each file of published numbers, or None."""
@@ -118,10 +119,10 @@ def device_of(run: Run) -> Device | None:
 
 def document_of(analysis: Analysis) -> Document:
     """What the recipe's template calls `doc`. UsageError lists the templates that exist."""
-    recipe = analysis.recipe
-    if recipe.template not in DOCUMENTS:
-        raise UsageError(f"recipe {recipe.name}: unknown template {recipe.template!r}; known: {', '.join(DOCUMENTS)}")
-    module, _, attribute = DOCUMENTS[recipe.template].partition(":")
+    recipe, template = analysis.recipe, template_of(analysis)
+    if template not in DOCUMENTS:
+        raise UsageError(f"recipe {recipe.name}: unknown template {template!r}; known: {', '.join(DOCUMENTS)}")
+    module, _, attribute = DOCUMENTS[template].partition(":")
     build = getattr(importlib.import_module(module), attribute)
     view = View(analysis)
     numbers: list[Published | None] = [*published_numbers(recipe)] or [None]
@@ -129,10 +130,15 @@ def document_of(analysis: Analysis) -> Document:
         inspect.signature(build).bind(view, *numbers)
     except TypeError:
         raise UsageError(
-            f"recipe {recipe.name}: published: {len(recipe.published)} files, and {recipe.template} shows one at most"
+            f"recipe {recipe.name}: published: {len(recipe.published)} files, and {template} shows one at most"
         ) from None
     document: Document = build(view, *numbers)
     return document
+
+
+def template_of(analysis: Analysis) -> str:
+    """The template of a report: the profile's own, or the recipe's."""
+    return analysis.profile.template or analysis.recipe.template
 
 
 def published_numbers(recipe: Recipe) -> list[Published]:
@@ -145,7 +151,7 @@ def render_text(document: Document, run: Run, record_files: Sequence[str]) -> st
     """The Markdown of a report. `record_files` are the names that it gives of the files in `records/`."""
     view = document.view
     analysis = view.analysis
-    template = markdown_templates().get_template(analysis.recipe.template)
+    template = markdown_templates().get_template(template_of(analysis))
     plots = document.plots()
     text = template.render(
         doc=document,

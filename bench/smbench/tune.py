@@ -1,7 +1,8 @@
 """Tuning on the host's side: which points, the journal that lets it go on, the configuration files. Measures nothing.
 
 A journal (one JSON line a point, fsynced) is the memory of a tuning run; the configuration files that providers read
-are written from it at the end, and when it is interrupted.
+are written from it at the end, and when it is interrupted. Searched are our own kernels and, where a recipe wants its
+opponents at their best, those of libraries (`selection = "library-tuned"`), by a worker of the library's own stack.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from smbench.errors import UsageError
 from smbench.identity import canonical_json
 from smbench.plan import Plan
 from smbench.runner import WorkerCannotStart
-from smbench.workerprocess import WORKER, Refused, WorkerProcess, WorkerStopped
+from smbench.stacks import OWN
+from smbench.workerprocess import WORKER_MODULE, Refused, WorkerProcess, WorkerStopped
 from smbench_kernels import configs
 
 POINT_LIMIT_S = 600.0
@@ -27,8 +29,29 @@ POINT_LIMIT_S = 600.0
 
 METHOD = "cold L2, CUDA graph of calls on distinct buffers, median; model-ordered screening, then successive halving"
 """What the files say of how their times were taken."""
+LIBRARY_METHOD = METHOD.replace("model-ordered screening", "all configurations screened")
+"""The same of a library's kernels, none of whose configurations is left out by a model of ours."""
 
-TunedPoint = tuple[str, Mapping[str, AxisValue]]
+
+@dataclass(frozen=True, slots=True)
+class TunedPoint:
+    """A point of an operation whose launch parameters are searched."""
+
+    subject: str
+    axes: Mapping[str, AxisValue]
+    provider: str | None = None
+    """The provider over a library's kernel; None for our own."""
+    python: Path = OWN
+    """What runs the worker that can search it."""
+
+    @property
+    def key(self) -> str:
+        """What tells points apart."""
+        return _key(self.subject, self.provider, self.axes)
+
+    def row(self) -> dict[str, Any]:
+        """As a request has it."""
+        return {"subject": self.subject, "provider": self.provider, "axes": dict(self.axes)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +72,8 @@ class Tuned:
     files: Sequence[Path]
     qualities: Sequence[Mapping[str, Any]]
     """Points at which the choice was compared with an exhaustive search."""
+    refusals: Mapping[str, str] = field(default_factory=dict)
+    """By provider, why none of its points could be searched."""
 
     def summary(self) -> dict[str, Any]:
         """JSON-able, the ratios of the quality check sorted."""
@@ -65,6 +90,7 @@ class Tuned:
     def lines(self) -> list[str]:
         """The summary in words."""
         said = [
+            *(f"{provider} was not searched: {reason}" for provider, reason in self.refusals.items()),
             f"{self.searched} points searched in {self.wall_s:.1f} s, {self.compile_s:.1f} s of them compiling "
             f"{self.binaries} kernels; {self.timed} of {self.candidates} configurations ran",
             f"{self.points} points have a configuration: {', '.join(path.name for path in self.files)}",
@@ -81,13 +107,23 @@ class Tuned:
 
 
 def points_of(plan: Plan) -> list[TunedPoint]:
-    """The distinct points that the plan measures with a tuned configuration. UsageError when there are none."""
+    """The distinct points that the plan measures with a tuned configuration, ours first. UsageError if there are none.
+
+    A library that is not here is left out: its cells would not run either.
+    """
     found: dict[str, TunedPoint] = {}
-    for entry in plan.entries:
-        if plan.recipe.providers[entry.cell.provider].selection == "tuned":
-            found.setdefault(
-                canonical_json([entry.cell.subject, entry.cell.axes]), (entry.cell.subject, entry.cell.axes)
-            )
+    for wanted in ("tuned", "library-tuned"):
+        for entry in plan.entries:
+            cell = entry.cell
+            if plan.recipe.providers[cell.provider].selection != wanted:
+                continue
+            if wanted == "tuned":
+                point = TunedPoint(cell.subject, cell.axes)
+            elif entry.runs:
+                point = TunedPoint(cell.subject, cell.axes, cell.provider, entry.python)
+            else:
+                continue
+            found.setdefault(point.key, point)
     if not found:
         raise UsageError(
             f"recipe {plan.recipe.name!r}, profile {plan.profile_name!r}: no provider has selection 'tuned', "
@@ -104,34 +140,40 @@ def tune(
     quality_points: int,
     on_point: Callable[[Mapping[str, Any]], None],
     configs_root: Path | None = None,
-    worker_command: Sequence[str] = WORKER,
+    worker_command: Sequence[str] | None = None,
 ) -> Tuned:
     """Search every point that the folder's journal does not have, then write the configuration files.
 
     The caller holds the folder's lock. Whatever ends it early, finished points are kept in the journal and the files.
+    `worker_command` stands for the Python of each stack. A worker searches a library's point again that the journal has
+    for another version of it: only the worker knows the version.
     """
     began = time.monotonic()
     points = points_of(plan)
     journal = Journal(folder / "journal.jsonl")
-    missing = [point for point in points if _key(*point) not in journal.outcomes]
+    missing = [point for point in points if point.provider or point.key not in journal.outcomes]
     searched: list[Mapping[str, Any]] = []
-    compiled: Mapping[str, Any] = {"binaries": 0, "seconds": 0.0}
-    request = {
-        "device": "cuda",
-        "measures": [],
-        "seed": plan.recipe.seed,
-        "memory_bytes_per_s": memory_bytes_per_s,
-        "quality_points": quality_points,
-        "points": [{"subject": subject, "axes": dict(axes)} for subject, axes in missing],
-        "known": [outcome for outcome in journal.outcomes.values() if "config" in outcome],
-    }
+    compiled: list[Mapping[str, Any]] = []
+    refusals: dict[str, str] = {}
+    pythons = list(dict.fromkeys([*(point.python for point in missing), *([OWN] if quality_points else [])]))
     try:
-        if missing or quality_points:
-            for event in _events(folder, request, worker_command):
+        for python in pythons:
+            request = {
+                "device": "cuda",
+                "measures": [],
+                "seed": plan.recipe.seed,
+                "memory_bytes_per_s": memory_bytes_per_s,
+                "quality_points": quality_points if python == OWN else 0,
+                "points": [point.row() for point in missing if point.python == python],
+                "known": [outcome for outcome in journal.outcomes.values() if "config" in outcome],
+            }
+            for event in _events(folder, request, worker_command or (str(python), *WORKER_MODULE)):
                 if event["event"] == "ready":
                     journal.triton = event["environment"]["libraries"].get("triton", "unknown")
                 elif event["event"] == "compiled":
-                    compiled = event
+                    compiled.append(event)
+                elif event["event"] == "untunable":
+                    refusals[event["provider"]] = event["reason"]
                 elif event["event"] in ("tuned", "quality"):
                     journal.append(event)
                     searched += [event] if event["event"] == "tuned" else []
@@ -142,12 +184,13 @@ def tune(
         sum("config" in outcome for outcome in journal.outcomes.values()),
         len(searched),
         time.monotonic() - began,
-        compiled["seconds"],
-        compiled["binaries"],
+        sum(event["seconds"] for event in compiled),
+        sum(event["binaries"] for event in compiled),
         sum(outcome.get("timed", 0) for outcome in searched),
         sum(outcome.get("candidates", 0) for outcome in searched),
         files,
         journal.qualities,
+        refusals,
     )
 
 
@@ -178,7 +221,7 @@ class Journal:
     def _take(self, event: Mapping[str, Any]) -> None:
         self.triton = event["triton"]
         if event["event"] == "tuned":
-            self.outcomes[_key(event["subject"], event["axes"])] = event
+            self.outcomes[_key(event["subject"], event.get("provider"), event["axes"])] = event
         else:
             self.qualities.append(event)
 
@@ -186,15 +229,18 @@ class Journal:
 def write_configurations(device_name: str, journal: Journal, root: Path) -> list[Path]:
     """Bring a journal's outcomes into the files that providers read; entries of other points stay."""
     files = []
-    for op in sorted({outcome["subject"] for outcome in journal.outcomes.values()}):
-        path = configs.path_of(device_name, op, root)
-        entries = {_key(op, entry.point): entry for entry in configs.load(path).entries} if path.exists() else {}
-        for key, outcome in journal.outcomes.items():
-            if outcome["subject"] == op and "config" in outcome:
-                entries[key] = configs.Entry(
+    kernels = {(outcome["subject"], outcome.get("library")) for outcome in journal.outcomes.values()}
+    for op, library in sorted(kernels, key=lambda kernel: (kernel[0], kernel[1] or "")):
+        path = configs.path_of(device_name, op, root, library)
+        known = configs.load(path).entries if path.exists() else ()
+        entries = {canonical_json(dict(entry.point)): entry for entry in known}
+        for outcome in journal.outcomes.values():
+            if (outcome["subject"], outcome.get("library")) == (op, library) and "config" in outcome:
+                entries[canonical_json(dict(outcome["axes"]))] = configs.Entry(
                     outcome["axes"], outcome["config"], outcome["time_s"], outcome["candidates"]
                 )
-        tuned = configs.Tuned(op, device_name, journal.triton, METHOD, list(entries.values()))
+        method = LIBRARY_METHOD if library else METHOD
+        tuned = configs.Tuned(op, device_name, journal.triton, method, list(entries.values()), library)
         configs.save(path, tuned)
         files.append(path)
     return files
@@ -210,5 +256,5 @@ def _events(folder: Path, request: Mapping[str, Any], command: Sequence[str]) ->
             raise WorkerCannotStart(stopped.reason) from stopped
 
 
-def _key(subject: str, axes: Mapping[str, AxisValue]) -> str:
-    return canonical_json([subject, dict(axes)])
+def _key(subject: str, provider: str | None, axes: Mapping[str, AxisValue]) -> str:
+    return canonical_json([subject, provider, dict(axes)])

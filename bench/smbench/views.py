@@ -113,7 +113,8 @@ class View:
     @property
     def peers(self) -> list[str]:
         """Everybody else's implementations, the baseline among them."""
-        return self.of_selection("library")
+        chosen = [*self.of_selection("library"), *self.of_selection("library-tuned")]
+        return [name for name in self.providers if name in chosen]
 
     @cached_property
     def best(self) -> str | None:

@@ -1,4 +1,7 @@
-"""bgmv_shrink: y[t] += SCALE * x[t] . A[lora(t)]^T, one LoRA index per token. Owns its kernels and search space.
+"""bgmv_shrink: y[t] += SCALE * x[t] . A[lora(t)]^T, one LoRA index per token. Owns its portable kernels, their space.
+
+On a GPU with libnvrtc the decode kernels in CUDA C++ (`lora_decode`) serve it; these, in Triton, need no metadata, run
+under the interpreter, and are what configurations without `KERNEL` in the shipped files mean.
 
 Grid (tokens, SPLIT_K, rank tiles). With GROUP 1 a program multiplies BLOCK_R rows of A with its share of one token's
 columns by plain multiply-adds: a single token gives a tensor core nothing to share. With GROUP 16 the first token of
@@ -14,6 +17,7 @@ from typing import Any
 
 import triton.language as tl
 
+from smbench_kernels import lora_decode_ops
 from smbench_kernels.launch import Call, Workspace, ceil_div, jit, next_power_of_two
 from smbench_kernels.lora import SCALE, Sizes, make_op
 from smbench_kernels.lora_tiles import place_in_group, shrink_tile
@@ -227,7 +231,7 @@ def plan(point: Point, config: Config) -> Plan:
     )
 
 
-KERNEL = OwnKernel(OP, space, plan, workspace_sizes, call, expands=False)
+KERNEL = OwnKernel(OP, space, plan, workspace_sizes, call, expands=False, cuda=lora_decode_ops.SHRINK)
 TUNABLE = KERNEL.tunable
 default = KERNEL.default
 tuned = KERNEL.tuned

@@ -1,8 +1,9 @@
 """Tuned configurations: `configs/<device>/<op>.json`. Owns the file format and the choice of an entry for a point.
 
-Does not own the search that fills the files. A file of format 1 is
-`{"format", "op", "device", "triton", "method", "entries": [{"point", "config", "time_s", "candidates"}]}`.
-Format history: 1 is the first.
+Does not own the search that fills the files. A file of format 2 is
+`{"format", "op", "device", "library", "triton", "method", "entries": [{"point", "config", "time_s", "candidates"}]}`.
+Launch parameters of a library's kernel are in `configs/<device>/<op>.<library>-<version>.json`: they hold for no
+other version of it. Format history: 1 is the first; 2 adds `library`, null for kernels of our own; 1 is still read.
 """
 
 from __future__ import annotations
@@ -23,9 +24,12 @@ from smbench_kernels.op import Config, Point, UnsupportedPoint
 if TYPE_CHECKING:
     import torch
 
-FORMAT = 1
+FORMAT = 2
 ROOT = Path(__file__).parent / "configs"
-FILE_KEYS = ("format", "op", "device", "triton", "method", "entries")
+FILE_KEYS: Mapping[int, Sequence[str]] = {
+    1: ("format", "op", "device", "triton", "method", "entries"),
+    2: ("format", "op", "device", "library", "triton", "method", "entries"),
+}
 ENTRY_KEYS = ("point", "config", "time_s", "candidates")
 TUNE = "`make tune` with the recipe that measures it"
 """What to do about a missing entry."""
@@ -58,6 +62,8 @@ class Tuned:
     method: str
     """How candidates were timed and pruned, in words."""
     entries: Sequence[Entry]
+    library: str | None = None
+    """The library that the kernel is of, with its version, such as `vllm 0.26.0`; None for our own."""
 
 
 def folder_name(device: str) -> str:
@@ -65,9 +71,10 @@ def folder_name(device: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]", "_", device)
 
 
-def path_of(device: str, op: str, root: Path = ROOT) -> Path:
-    """Where the file of a device and an operation is, present or not."""
-    return root / folder_name(device) / f"{op}.json"
+def path_of(device: str, op: str, root: Path = ROOT, library: str | None = None) -> Path:
+    """Where the file of a device and an operation is, present or not; of a library's kernel, if it is one's."""
+    suffix = "." + re.sub(r"[^A-Za-z0-9._+-]", "-", library) if library else ""
+    return root / folder_name(device) / f"{op}{suffix}.json"
 
 
 def device_name(device: torch.device) -> str:
@@ -91,10 +98,12 @@ def _load(path: Path, _mtime_ns: int) -> Tuned:
         raise ConfigFileError(f"{path}: not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigFileError(f"{path}: expected an object")
-    found = content.get("format")
-    if found != FORMAT:
-        raise ConfigFileError(f"{path}: format is {found!r}; this version reads format {FORMAT}")
-    _check_keys(path, "", content, FILE_KEYS)
+    found: Any = content.get("format")
+    if found not in FILE_KEYS:
+        known = " and ".join(str(number) for number in FILE_KEYS)
+        raise ConfigFileError(f"{path}: format is {found!r}; this version reads formats {known}")
+    _check_keys(path, "", content, FILE_KEYS[found])
+    library = content.get("library")
     entries = _typed(path, "entries", content["entries"], list)
     return Tuned(
         op=_typed(path, "op", content["op"], str),
@@ -102,6 +111,7 @@ def _load(path: Path, _mtime_ns: int) -> Tuned:
         triton=_typed(path, "triton", content["triton"], str),
         method=_typed(path, "method", content["method"], str),
         entries=tuple(_entry(path, f"entries[{number}]", entry) for number, entry in enumerate(entries)),
+        library=library if library is None else _typed(path, "library", library, str),
     )
 
 
@@ -111,6 +121,7 @@ def save(path: Path, tuned: Tuned) -> None:
         "format": FORMAT,
         "op": tuned.op,
         "device": tuned.device,
+        "library": tuned.library,
         "triton": tuned.triton,
         "method": tuned.method,
     }
@@ -156,7 +167,8 @@ def lookup(tuned: Tuned, point: Point) -> tuple[Config, str]:
             best = (distance, entry)
     if best is None:
         words = ", ".join(f"{key} {value}" for key, value in point.items() if isinstance(value, str))
-        raise UnsupportedPoint(f"{tuned.op} on {tuned.device} has no tuned entry for {words}: {TUNE}")
+        of = f" of {tuned.library}" if tuned.library else ""
+        raise UnsupportedPoint(f"{tuned.op}{of} on {tuned.device} has no tuned entry for {words}: {TUNE}")
     distance, entry = best
     if distance == 0.0:
         return entry.config, "tuned-exact"
@@ -164,12 +176,15 @@ def lookup(tuned: Tuned, point: Point) -> tuple[Config, str]:
     return entry.config, f"tuned-nearest: {differing}"
 
 
-def tuned_config(op: str, point: Point, device: torch.device, root: Path | None = None) -> tuple[Config, str]:
+def tuned_config(
+    op: str, point: Point, device: torch.device, root: Path | None = None, library: str | None = None
+) -> tuple[Config, str]:
     """What `lookup` finds for this device. UnsupportedPoint, with the remedy, where the device has no file."""
     name = device_name(device)
-    path = path_of(name, op, root or ROOT)
+    path = path_of(name, op, root or ROOT, library)
     if not path.exists():
-        raise UnsupportedPoint(f"{op} is not tuned for {name}: {TUNE}")
+        of = f" of {library}" if library else ""
+        raise UnsupportedPoint(f"{op}{of} is not tuned for {name}: {TUNE}")
     return _looked_up(path, path.stat().st_mtime_ns, tuple(sorted(point.items())))
 
 

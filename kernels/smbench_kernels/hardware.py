@@ -27,6 +27,7 @@ class Hardware:
     def facts(self) -> dict[str, float]:
         """The keys that `Tunable.predict` reads."""
         return {
+            "capability": float(self.capability),
             "sm_count": float(self.sm_count),
             "memory_bytes_per_s": self.memory_bytes_per_s,
             "l2_bytes": float(self.l2_bytes),

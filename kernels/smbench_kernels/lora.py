@@ -22,6 +22,9 @@ from smbench_kernels.op import Axis, Inputs, Op, Point, Tolerance, Work
 SCALE = 1.0
 """Factor of shrink, as in the document."""
 
+PEERS = ("vllm", "sglang")
+"""Other projects whose multi-LoRA kernels are providers."""
+
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 AXES = {
@@ -83,12 +86,26 @@ def make_op(name: str, doc: str, *, expands: bool, per_token: bool) -> Op:
             "torch": f"smbench_kernels.lora_torch:{name}",
             "smbench": f"smbench_kernels.{name}:default",
             "smbench-tuned": f"smbench_kernels.{name}:tuned",
-            "vllm": f"smbench_kernels.lora_vllm:{name}",
-            "sglang": f"smbench_kernels.lora_sglang:{name}",
+            **peers(name),
         },
         baseline="torch",
         tunable=f"smbench_kernels.{name}:TUNABLE",
+        peer_tunables=peer_tunables(name),
     )
+
+
+def peers(name: str) -> dict[str, str]:
+    """Providers over other projects' kernels: with the parameters that they choose, and with those that we searched."""
+    found = {}
+    for library in PEERS:
+        found[library] = f"smbench_kernels.lora_{library}:{name}"
+        found[f"{library}-tuned"] = f"smbench_kernels.lora_{library}:{name}_tuned"
+    return found
+
+
+def peer_tunables(name: str) -> dict[str, str]:
+    """What the tuner searches for each of the latter."""
+    return {f"{library}-tuned": f"smbench_kernels.lora_{library}:{name.upper()}" for library in PEERS}
 
 
 def make_inputs(

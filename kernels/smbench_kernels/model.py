@@ -51,6 +51,8 @@ class Plan:
     """Shared memory of one program."""
     idle_programs: int = 0
     """Programs that end as soon as they know their index."""
+    exchange_s: float = 0.0
+    """What programs that share a result spend on handing it over, other than through memory."""
 
 
 def seconds(plan: Plan, device: Mapping[str, float]) -> float:
@@ -75,4 +77,5 @@ def seconds(plan: Plan, device: Mapping[str, float]) -> float:
     reduce_s = REDUCE_S + plan.reduced_bytes / REDUCE_BYTES_PER_S if plan.reduced_bytes else 0.0
     # an idle program takes a place for one load
     idle_s = plan.idle_programs / (sms * per_sm) * LATENCY_S
-    return LAUNCH_S + plan.programs * PROGRAM_S + idle_s + math.hypot(latency_s, traffic_s) + reduce_s
+    shared_s = reduce_s + plan.exchange_s
+    return LAUNCH_S + plan.programs * PROGRAM_S + idle_s + math.hypot(latency_s, traffic_s) + shared_s

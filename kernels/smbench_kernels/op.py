@@ -120,10 +120,11 @@ class Provider(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Tunable:
-    """The search space of an operation's own kernel."""
+    """The search space of a provider's kernel: our own, or one of a library whose launch parameters we search."""
 
     space: Callable[[Point], list[Config]]
-    """Every configuration that the tuner may pick for a point."""
+    """Every configuration that the tuner may pick for a point; empty where the provider takes what other operations'
+    points were given, so that there is nothing to search."""
     prepare: Callable[[Point, Inputs, Config], Prepared]
     """Like a provider, with the configuration given (`config_source` is `given`)."""
     predict: Callable[[Point, Config, Mapping[str, float]], float]
@@ -134,6 +135,21 @@ class Tunable:
     """Compile for a compute capability (80, 86, 89, 90) without a GPU, into Triton's cache; returns the cache key."""
     default: Callable[[Point, Hardware], Config] | None = None
     """The configuration that the provider `smbench` takes on a device of these facts; an image ships it compiled."""
+    bind: Callable[[Point, Inputs], Callable[[Config], Prepared]] | None = None
+    """`prepare` in two steps, where a part is common to all configurations: what a library makes once a batch."""
+    refine: Callable[[Point, Config], list[Config]] | None = None
+    """A second space around the winner of the first, for a call of several kernels: the product would be too large."""
+    exhaustive: bool = False
+    """Every configuration is tried, whatever `predict` says: for a library's kernel, lest our model starve it."""
+    library: Callable[[], str] | None = None
+    """Name and version of the library that the kernel is of, such as `vllm 0.26.0`. UnsupportedPoint where it is not
+    installed. None for kernels of our own."""
+
+    def binding(self, point: Point, inputs: Inputs) -> Callable[[Config], Prepared]:
+        """What prepares any configuration on these inputs. UnsupportedPoint where the provider cannot run here."""
+        if self.bind is not None:
+            return self.bind(point, inputs)
+        return lambda config: self.prepare(point, inputs, config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +172,9 @@ class Op:
     baseline: str
     """The provider that speed-ups are relative to. It says nothing about correctness."""
     tunable: str | None = None
-    """`module:attribute` of a Tunable."""
+    """`module:attribute` of the Tunable of our own kernel."""
+    peer_tunables: Mapping[str, str] = field(default_factory=dict)
+    """Provider name to `module:attribute` of the Tunable of a library's kernel."""
     place: Callable[[Point, Inputs], Inputs] = _cloned
     """A copy of inputs in memory of its own, in the kind of memory that the point asks for: what a provider gets."""
     redraw: Callable[[Point, Inputs, int], Inputs | None] | None = None
@@ -186,12 +204,13 @@ class Op:
             raise ValueError(msg)
         return found
 
-    def tuning(self) -> Tunable:
-        """The search space. LookupError where the operation has none."""
-        if self.tunable is None:
+    def tuning(self, provider: str | None = None) -> Tunable:
+        """The search space of our own kernel, or of a library's provider. LookupError where there is none."""
+        target = self.peer_tunables.get(provider or "", self.tunable)
+        if target is None:
             msg = f"op {self.name!r} has nothing to tune"
             raise LookupError(msg)
-        tunable: Tunable = load(self.tunable)
+        tunable: Tunable = load(target)
         return tunable
 
 

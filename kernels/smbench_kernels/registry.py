@@ -11,6 +11,8 @@ OPS = {
     "bgmv_expand": "smbench_kernels.bgmv_expand:OP",
     "sgmv_shrink": "smbench_kernels.sgmv_shrink:OP",
     "sgmv_expand": "smbench_kernels.sgmv_expand:OP",
+    "lora_linear": "smbench_kernels.lora_linear:OP",
+    "lora_metadata": "smbench_kernels.lora_metadata:OP",
     "paged_attention": "smbench_kernels.paged_attention:OP",
     "hstu_attention_forward": "smbench_kernels.hstu_ops_attention:FORWARD",
     "hstu_attention_backward": "smbench_kernels.hstu_ops_attention:BACKWARD",

@@ -12,6 +12,7 @@ from typing import Any
 
 import triton.language as tl
 
+from smbench_kernels import lora_prefill_own
 from smbench_kernels.launch import Call, Workspace, ceil_div, jit, next_power_of_two
 from smbench_kernels.lora import Sizes, make_op
 from smbench_kernels.lora_tiles import expand_tile
@@ -141,7 +142,11 @@ def plan(point: Point, config: Config) -> Plan:
     )
 
 
-KERNEL = OwnKernel(OP, space, plan, workspace_sizes, call, expands=True)
+KERNEL = OwnKernel(
+    *(OP, space, plan, workspace_sizes, call),
+    expands=True,
+    cuda=lora_prefill_own.Prefill(expands=True, portable=space, portable_plan=plan),
+)
 TUNABLE = KERNEL.tunable
 default = KERNEL.default
 tuned = KERNEL.tuned

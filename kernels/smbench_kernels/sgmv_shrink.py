@@ -14,6 +14,7 @@ from typing import Any
 
 import triton.language as tl
 
+from smbench_kernels import lora_prefill_own
 from smbench_kernels.launch import SHARED_BYTES, Call, Workspace, ceil_div, jit, next_power_of_two
 from smbench_kernels.lora import SCALE, Sizes, make_op
 from smbench_kernels.lora_tiles import shrink_tile
@@ -188,7 +189,11 @@ def plan(point: Point, config: Config) -> Plan:
     )
 
 
-KERNEL = OwnKernel(OP, space, plan, workspace_sizes, call, expands=False)
+KERNEL = OwnKernel(
+    *(OP, space, plan, workspace_sizes, call),
+    expands=False,
+    cuda=lora_prefill_own.Prefill(expands=False, portable=space, portable_plan=plan),
+)
 TUNABLE = KERNEL.tunable
 default = KERNEL.default
 tuned = KERNEL.tuned

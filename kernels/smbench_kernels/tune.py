@@ -7,9 +7,10 @@ after Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperp
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from smbench_kernels.op import Config, Point, Tunable
 
@@ -45,8 +46,29 @@ class Choice:
 def search(
     point: Point, tunable: Tunable, facts: Mapping[str, float], clock: Clock, hints: Sequence[Config] = ()
 ) -> Choice | None:
-    """The best configuration of a point; None where none is right. `facts` are those of Tunable.predict."""
-    space = tunable.space(point)
+    """The best configuration of a point; None where none is right. `facts` are those of Tunable.predict.
+
+    A Tunable that refines is searched again around what won, and the better of the two is the choice.
+    """
+    choice = _search(point, tunable.space(point), tunable, facts, clock, hints)
+    if choice is None or tunable.refine is None:
+        return choice
+    refined = _search(point, tunable.refine(point, choice.config), tunable, facts, clock, (choice.config, *hints))
+    if refined is None:
+        return choice
+    better = min(choice, refined, key=lambda found: found.time_s)
+    return replace(better, candidates=choice.candidates + refined.candidates, timed=choice.timed + refined.timed)
+
+
+def _search(
+    point: Point,
+    space: Sequence[Config],
+    tunable: Tunable,
+    facts: Mapping[str, float],
+    clock: Clock,
+    hints: Sequence[Config],
+) -> Choice | None:
+    """The best configuration of one space."""
     screened: list[tuple[float, int, Config]] = []
     best, timed, best_at = float("inf"), 0, 0
     for config in order(point, space, tunable, facts, hints):
@@ -56,7 +78,7 @@ def search(
             screened.append((seconds, timed, config))
             if seconds < best:
                 best, best_at = seconds, timed
-        if timed - best_at >= PATIENCE:
+        if timed - best_at >= PATIENCE and not tunable.exhaustive:
             break
     near = [entry for entry in screened if entry[0] <= best * SHORTLIST_LIMIT]
     shortlist = sorted(near, key=lambda entry: entry[:2])[:SHORTLIST]
@@ -83,9 +105,13 @@ def _finals(shortlist: Sequence[Config], clock: Clock) -> list[tuple[float, int,
 def order(
     point: Point, space: Sequence[Config], tunable: Tunable, facts: Mapping[str, float], hints: Sequence[Config]
 ) -> list[Config]:
-    """The configurations worth trying: hints that belong to the space, then the rest by modelled time."""
+    """The configurations worth trying: hints that belong to the space, then the rest by modelled time.
+
+    Of an exhaustive space all of them are.
+    """
     predicted = [(tunable.predict(point, config, facts), index) for index, config in enumerate(space)]
-    limit = min(seconds for seconds, _ in predicted) * PREDICTED_LIMIT
+    least = min((seconds for seconds, _ in predicted), default=0.0)
+    limit = math.inf if tunable.exhaustive else least * PREDICTED_LIMIT
     by_model = [space[index] for seconds, index in sorted(predicted) if seconds <= limit]
     first = [config for config in space if config in list(hints)]
     return first + [config for config in by_model if config not in first]

@@ -51,7 +51,7 @@ def chosen(name: str, capability: int) -> Iterator[tuple[Point, Config]]:
         point_of(name, 3, 127, 5, "float16"),
         point_of(name, 40, 3424, 256, "float16"),
     ):
-        yield point, kernel.default_config(point, device)
+        yield point, kernel.portable_config(point, device)
     for path in sorted(configs.ROOT.glob(f"*/{name}.json")):
         for entry in configs.load(path).entries:
             yield entry.point, entry.config
@@ -77,7 +77,7 @@ def test_precompiling_fills_the_cache_entry_that_a_launch_looks_up(name: str) ->
     """Tensors and plain dtypes, other batches and splits: one key wherever `binary` says one kernel."""
     kernel = kernel_of(name)
     point = point_of(name, 3, 256, 16, "float16")
-    config = kernel.default_config(point, hardware.TYPICAL[90])
+    config = kernel.portable_config(point, hardware.TYPICAL[90])
     key = kernel.tunable.precompile(point, config, 90)
     for batch in (3, 16):
         other = {**point, "batch": batch, "hidden_size": 512}
@@ -103,7 +103,7 @@ def test_equal_binary_means_equal_key(name: str) -> None:
 def test_capabilities_have_keys_of_their_own() -> None:
     kernel = kernel_of("bgmv_expand")
     point = point_of("bgmv_expand", 3, 256, 16, "float16")
-    config = kernel.default_config(point, hardware.TYPICAL[90])
+    config = kernel.portable_config(point, hardware.TYPICAL[90])
     keys = [kernel.tunable.precompile(point, config, capability) for capability in (*CAPABILITIES, *CAPABILITIES)]
     assert len(set(keys)) == len(CAPABILITIES)
     assert keys[: len(CAPABILITIES)] == keys[len(CAPABILITIES) :]

@@ -7,7 +7,8 @@ Triton keeps one folder of files a kernel, named by a key of everything that the
 target, the compiler and its assembler. It has one cache only, which it also writes; and the files of a kernel are
 listed by absolute path. So the shipped folder is read by a cache manager of our own (`bakedcache`): it takes what the
 folder holds by its name, from wherever the folder lies, read-only or not, and hands everything else on. Nothing is
-copied at start, and a hit writes nothing.
+copied at start, and a hit writes nothing. Kernels in CUDA C++ are one file each beside those folders, which
+`smbench_kernels.nvrtc` reads by name.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def folder() -> Path:
 
 
 def use() -> bool:
-    """Have Triton look among the shipped kernels first, if there are any; whether there are.
+    """Have Triton and NVRTC's users look among the shipped kernels first, if there are any; whether there are.
 
     A cache manager that was chosen otherwise (`TRITON_CACHE_MANAGER`) stays.
     """
@@ -40,7 +41,9 @@ def use() -> bool:
     from triton.runtime.cache import FileCacheManager
 
     from smbench.worker.bakedcache import BakedCacheManager
+    from smbench_kernels import nvrtc
 
+    nvrtc.SHIPPED[:] = [folder()]
     if knobs.cache.manager_class in (None, FileCacheManager):
         knobs.cache.manager_class = BakedCacheManager
     return True

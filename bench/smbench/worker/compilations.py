@@ -1,4 +1,4 @@
-"""Counts and times kernel compilations of this process. Owns the listener that Triton calls."""
+"""Counts and times kernel compilations of this process. Owns the listeners that Triton and `nvrtc` call."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ class Compilations:
         if importlib.util.find_spec("triton") is not None:
             from triton import knobs
 
+            from smbench_kernels import nvrtc
+
             knobs.compilation.listener = self._listen
+            nvrtc.LISTENERS[:] = [self._count]
 
     def _listen(self, *, times: Any, cache_hit: bool, **_: Any) -> None:
         if not cache_hit:
-            self.count += 1
             # Triton reports microseconds
-            self.seconds += times.total * 1e-6
+            self._count(times.total * 1e-6)
+
+    def _count(self, seconds: float) -> None:
+        self.count += 1
+        self.seconds += seconds

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -21,6 +22,7 @@ from triton.runtime.errors import OutOfResources
 
 from smbench.worker.gate import Truth, Verdict, examine, restore
 from smbench.worker.timing import Flush, capture, sample
+from smbench_kernels import hardware
 from smbench_kernels.op import Config, Inputs, Op, Point, Tunable, UnsupportedPoint
 from smbench_kernels.registry import op as find_op
 from smbench_kernels.tune import FINAL_SAMPLES, search
@@ -31,6 +33,25 @@ CALLS = 12
 SET_BYTES = 2 << 30
 HINTS = 3
 """Winners of the points before that a search tries first."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A point to search."""
+
+    op: Op
+    provider: str | None
+    """The provider over a library's kernel; None for our own."""
+    axes: Point
+
+    @property
+    def tunable(self) -> Tunable:
+        """Its search space."""
+        return self.op.tuning(self.provider)
+
+    def matches(self, row: Mapping[str, Any]) -> bool:
+        """Whether a known outcome is of the same kernel; its point may be another."""
+        return row["subject"] == self.op.name and row.get("provider") == self.provider
 
 
 @dataclass(slots=True)
@@ -51,6 +72,7 @@ class PointClock:
         self._stream, self._flush = stream, flush
         self._truth = Truth.of(op, point, op.make_inputs(point, seed, stream.device))
         self._sets = [self._clone()]
+        self._bound = [tunable.binding(point, self._sets[0])]
         self._captured: dict[tuple[tuple[str, int], ...], _Candidate | None] = {}
 
     def __call__(self, config: Config, samples: int) -> float | None:
@@ -69,79 +91,115 @@ class PointClock:
         buffers = self._sets[0]
         restore(buffers, self._truth)
         try:
-            prepared = self._tunable.prepare(self._point, buffers, config)
+            prepared = self._bound[0](config)
+            prepared.begin()
             verdict = Verdict(self._op.tolerance(self._point))
-            examine(verdict, prepared.run, buffers, self._truth, "candidate")
+            examine(verdict, prepared.run, buffers, self._truth, "candidate", prepared.finish)
         except (OutOfResources, UnsupportedPoint):
+            return None
+        # a library's kernel need not even compile with every choice of what it takes; ours does
+        except Exception as error:
+            if self._tunable.library is None:
+                raise
+            sys.stderr.write(f"{self._op.name} {dict(config)}: {type(error).__name__}: {error}\n")
             return None
         if not verdict.passed:
             return None
         if len(self._sets) == 1:
             self._make_sets(prepared.run)
-        calls = [self._tunable.prepare(self._point, buffers, config).run for buffers in self._sets]
+        others = [bound(config) for bound in self._bound[1:]]
+        for other in others:
+            other.begin()
+        calls = [prepared.run, *(other.run for other in others)]
         return _Candidate(capture(calls, self._stream).replay, len(calls))
 
     def _make_sets(self, run: Callable[[], None]) -> None:
         """Enough copies of the inputs, sized by the first configuration's time."""
-        elapsed, _ = sample(run, 1, self._flush, 3, self._stream)
+        # by a graph: a library takes longer to launch a small kernel than that takes to run
+        elapsed, _ = sample(capture([run], self._stream).replay, 1, self._flush, 3, self._stream)
         by_time = max(1, round(WINDOW_S / max(min(elapsed), 1e-6)))
         set_bytes = sum(tensor.numel() * tensor.element_size() for tensor in self._truth.inputs.values())
         count = min(CALLS, by_time, max(1, SET_BYTES // max(1, set_bytes)))
         self._sets += [self._clone() for _ in range(count - 1)]
+        self._bound += [self._tunable.binding(self._point, buffers) for buffers in self._sets[1:]]
 
     def _clone(self) -> Inputs:
         return self._op.place(self._point, self._truth.inputs)
 
 
 def tune(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Outcomes of a tuning request, point by point: `compiled` first, then a `tuned` for each point."""
+    """Outcomes of a tuning request, point by point: `compiled` first, then a `tuned` for each point.
+
+    An `untunable` names a provider whose library is not here. A point whose provider takes its parameters from other
+    points has no outcome, nor has one that `known` holds for this very version of the library.
+    """
     device = torch.device("cuda")
     stream = torch.cuda.Stream(device)
     flush = Flush(device)
     facts = device_facts(device, request.get("memory_bytes_per_s"))
-    points = [(find_op(row["subject"]), row["axes"]) for row in request["points"]]
+    known: list[Mapping[str, Any]] = list(request["known"])
+    jobs = [_Job(find_op(row["subject"]), row.get("provider"), row["axes"]) for row in request["points"]]
+    libraries: dict[str | None, str | None] = {None: None}
+    for provider, own in {job.provider: job for job in jobs if job.provider}.items():
+        try:
+            libraries[provider] = own.tunable.library() if own.tunable.library else None
+        except UnsupportedPoint as reason:
+            yield {"event": "untunable", "provider": provider, "reason": str(reason)}
+    wanted = [job for job in jobs if job.provider in libraries and not _is_known(job, known, libraries[job.provider])]
     began = time.perf_counter()
-    count = _precompile(points, torch.cuda.get_device_capability(device))
+    count = _precompile(wanted, torch.cuda.get_device_capability(device))
     yield {"event": "compiled", "binaries": count, "seconds": time.perf_counter() - began}
-    known = [(find_op(row["subject"]), row["axes"], row["config"]) for row in request["known"]]
     with torch.cuda.stream(stream):
-        for op, axes in points:
+        for job in wanted:
+            if not job.tunable.space(job.axes):
+                continue
             began = time.perf_counter()
-            tunable = op.tuning()
-            clock = PointClock(op, tunable, axes, request["seed"], stream, flush)
-            # what won at the points before is likely to be good here
-            hints = [config for other, _, config in known if other is op][-HINTS:]
-            choice = search(axes, tunable, facts, clock, hints)
-            outcome: dict[str, Any] = {"event": "tuned", "subject": op.name, "axes": dict(axes)}
+            outcome: dict[str, Any] = {"event": "tuned", "subject": job.op.name, "axes": dict(job.axes)}
+            if job.provider is not None:
+                outcome |= {"provider": job.provider, "library": libraries[job.provider]}
+            try:
+                clock = PointClock(job.op, job.tunable, job.axes, request["seed"], stream, flush)
+                choice = search(job.axes, job.tunable, facts, clock, _hints(job, known))
+            except UnsupportedPoint as reason:
+                choice, outcome["reason"] = None, str(reason)
             if choice:
-                known.append((op, axes, choice.config))
                 outcome |= {
                     "config": dict(choice.config),
                     "time_s": choice.time_s,
                     "candidates": choice.candidates,
                     "timed": choice.timed,
                 }
+                known.append(outcome)
             yield outcome | {"seconds": time.perf_counter() - began}
-        drawn = random.Random(request["seed"]).sample(known, min(len(known), request["quality_points"]))
-        for op, axes, kept in drawn:
+        ours = [row for row in known if row.get("provider") is None]
+        for row in random.Random(request["seed"]).sample(ours, min(len(ours), request["quality_points"])):
             began = time.perf_counter()
-            clock = PointClock(op, op.tuning(), axes, request["seed"], stream, flush)
-            hints = [config for other, _, config in known if other is op and config is not kept][-HINTS:]
-            choice = search(axes, op.tuning(), facts, clock, hints)
+            job = _Job(find_op(row["subject"]), None, row["axes"])
+            clock = PointClock(job.op, job.tunable, job.axes, request["seed"], stream, flush)
+            choice = search(
+                job.axes, job.tunable, facts, clock, _hints(job, [other for other in ours if other is not row])
+            )
             if choice:
-                found = quality(clock, op.tuning().space(axes), choice.config, kept)
-                outcome = {"event": "quality", "subject": op.name, "axes": dict(axes), "timed": choice.timed, **found}
-                yield outcome | {"seconds": time.perf_counter() - began}
+                found = quality(clock, job.tunable.space(job.axes), choice.config, row["config"])
+                outcome = {"event": "quality", "subject": job.op.name, "axes": dict(job.axes), "timed": choice.timed}
+                yield outcome | found | {"seconds": time.perf_counter() - began}
+
+
+def _hints(job: _Job, known: Sequence[Mapping[str, Any]]) -> list[Config]:
+    """What won at the points of the same kernel before: it is likely to be good here."""
+    return [row["config"] for row in known if job.matches(row)][-HINTS:]
+
+
+def _is_known(job: _Job, known: Sequence[Mapping[str, Any]], library: str | None) -> bool:
+    """Whether an outcome of a library's kernel is at hand; which of our own are wanted, the host has decided."""
+    return job.provider is not None and any(
+        job.matches(row) and row["axes"] == job.axes and row.get("library") == library for row in known
+    )
 
 
 def device_facts(device: torch.device, memory_bytes_per_s: float | None) -> Mapping[str, float]:
     """What Tunable.predict wants to know. The bandwidth is the table's, or measured by a copy where it is unknown."""
-    properties = torch.cuda.get_device_properties(device)
-    return {
-        "sm_count": float(properties.multi_processor_count),
-        "l2_bytes": float(properties.L2_cache_size),
-        "memory_bytes_per_s": memory_bytes_per_s or _copy_bandwidth(device),
-    }
+    return {**hardware.of(device).facts(), "memory_bytes_per_s": memory_bytes_per_s or _copy_bandwidth(device)}
 
 
 def quality(clock: PointClock, space: Sequence[Config], searched: Config, kept: Config) -> dict[str, Any]:
@@ -174,13 +232,13 @@ def quality(clock: PointClock, space: Sequence[Config], searched: Config, kept: 
     }
 
 
-def _precompile(points: Sequence[tuple[Op, Point]], capability: tuple[int, int]) -> int:
+def _precompile(jobs: Sequence[_Job], capability: tuple[int, int]) -> int:
     """Fill Triton's cache by processes without a GPU, one a core; the number of binaries that the points need."""
-    wanted: dict[str, tuple[str, Point, Config]] = {}
-    for op, axes in points:
-        tunable = op.tuning()
-        for config in tunable.space(axes):
-            wanted.setdefault(tunable.binary(axes, config), (op.name, axes, config))
+    wanted: dict[str, tuple[str, str | None, Point, Config]] = {}
+    for job in jobs:
+        tunable, space = job.tunable, job.tunable.space(job.axes)
+        for config in [*space, *(tunable.refine(job.axes, space[0]) if tunable.refine and space else ())]:
+            wanted.setdefault(tunable.binary(job.axes, config), (job.op.name, job.provider, job.axes, config))
     tasks = list(wanted.values())
     if not tasks:
         return 0
@@ -191,9 +249,16 @@ def _precompile(points: Sequence[tuple[Op, Point]], capability: tuple[int, int])
     return len(tasks)
 
 
-def _compile_one(task: tuple[str, Point, Config], compute_capability: int) -> None:
-    name, axes, config = task
-    find_op(name).tuning().precompile(axes, config, compute_capability)
+def _compile_one(task: tuple[str, str | None, Point, Config], compute_capability: int) -> None:
+    name, provider, axes, config = task
+    tunable = find_op(name).tuning(provider)
+    try:
+        tunable.precompile(axes, config, compute_capability)
+    except Exception as error:
+        # the search meets it again, and passes it by
+        if tunable.library is None:
+            raise
+        sys.stderr.write(f"{name} {provider} {dict(config)}: {type(error).__name__}: {error}\n")
 
 
 def _copy_bandwidth(device: torch.device) -> float:

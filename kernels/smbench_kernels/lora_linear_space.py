@@ -1,0 +1,141 @@
+"""Search space and time model of lora_linear by our kernels. Owns no launch; `lora_linear_own` says what is chosen.
+
+A pair of launches has too many configurations to try all, so that a search goes in two steps: shrink's, each with the
+expand that the model likes best, then expand's for the best shrink.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from smbench_kernels import hardware, lora_decode_space, lora_prefill, lora_prefill_space
+from smbench_kernels.launch import ceil_div
+from smbench_kernels.lora_decode import Shape
+from smbench_kernels.lora_linear import LinearSizes
+from smbench_kernels.lora_plan import capacity
+from smbench_kernels.lora_prefill_kernels import Expand, Shrink
+from smbench_kernels.op import Config, Point
+from smbench_kernels.own import KERNEL
+
+FUSED, PAIR, PREFILL = 2, 3, 4
+"""Values of KERNEL."""
+MOST_DECODE = 64
+"""Tokens of a LoRA up to which the decode kernels are tried."""
+LEAST_PREFILL = 16
+"""Tokens of a LoRA from which those of `lora_prefill` are tried."""
+PAIRS = 24
+"""Configurations of shrink that a search tries."""
+OVERLAP_S = 1.3e-6
+"""What the second of two launches saves by starting early: its launch and part of its first loads."""
+PREFIX = "E_"
+FACTS = hardware.TYPICAL[90].facts()
+
+
+def shape_of(sizes: LinearSizes, capability: int = 90) -> Shape:
+    """What the decode kernels are compiled for."""
+    return Shape(
+        tokens=sizes.tokens,
+        hidden=sizes.hidden,
+        rank=sizes.rank,
+        outputs=sizes.outputs,
+        loras=sizes.loras,
+        bfloat16=str(sizes.dtype) == "torch.bfloat16",
+        clusters=capability >= 90,
+    )
+
+
+def expand_part(config: Config) -> Config:
+    """The configuration of expand in that of a pair."""
+    return {name.removeprefix(PREFIX): value for name, value in config.items() if name.startswith(PREFIX)}
+
+
+def joined(shrink: Config, expand: Config) -> Config:
+    """The configuration of a pair."""
+    return {KERNEL: PAIR, **shrink, **{PREFIX + name: value for name, value in expand.items()}}
+
+
+def space(point: Point) -> list[Config]:
+    """Everything in one launch, pairs with one expand each, and the prefill kernels, by tokens of a LoRA."""
+    sizes = LinearSizes.of(point)
+    shape = shape_of(sizes)
+    each = shape.tokens / min(shape.tokens, shape.loras)
+    found: list[Config] = []
+    if each >= LEAST_PREFILL:
+        found += _prefill_space(sizes)
+    if each <= MOST_DECODE or not found:
+        found += [{KERNEL: FUSED, **config} for config in lora_decode_space.fused_space(shape)]
+        shrinks = sorted(
+            lora_decode_space.shrink_space(shape),
+            key=lambda config: lora_decode_space.shrink_seconds(shape, config, FACTS),
+        )
+        expand = min(
+            lora_decode_space.expand_space(shape),
+            key=lambda config: lora_decode_space.expand_seconds(shape, config, FACTS),
+        )
+        found += [joined(shrink, expand) for shrink in shrinks[:PAIRS]]
+    return found
+
+
+def refine(point: Point, config: Config) -> list[Config]:
+    """The other expands for a pair's or the prefill kernels' shrink; nothing for one launch."""
+    if config[KERNEL] == PAIR:
+        shape = shape_of(LinearSizes.of(point))
+        shrink = {name: value for name, value in config.items() if name != KERNEL and not name.startswith(PREFIX)}
+        return [joined(shrink, expand) for expand in lora_decode_space.expand_space(shape)]
+    if config[KERNEL] == FUSED:
+        return []
+    others = lora_prefill_space.other_expands(_problem(LinearSizes.of(point)), config)
+    return [{KERNEL: PREFILL, **other} for other in others]
+
+
+def predict(point: Point, config: Config, device: Mapping[str, float]) -> float:
+    """Modelled seconds of one call."""
+    sizes = LinearSizes.of(point)
+    shape = shape_of(sizes, int(device.get("capability", 90)))
+    if config[KERNEL] == FUSED:
+        return lora_decode_space.fused_seconds(shape, config, device)
+    if config[KERNEL] == PAIR:
+        shrink = lora_decode_space.shrink_seconds(shape, config, device)
+        overlap = OVERLAP_S if shape.clusters else 0.0
+        return shrink + lora_decode_space.expand_seconds(shape, expand_part(config), device) - overlap
+    return _prefill_seconds(sizes, config, device)
+
+
+def prefill_kernels(sizes: LinearSizes, config: Config) -> tuple[Shrink, Expand]:
+    """The two kernels of `lora_prefill`. DoesNotFit, as their `stages` do."""
+    problem = _problem(sizes)
+    return problem.shrink(config), problem.expand(lora_prefill.expand_config(config))
+
+
+def _problem(sizes: LinearSizes) -> lora_prefill_space.Problem:
+    used = min(sizes.loras, len(sizes.lengths))
+
+    def tiles(tokens: int) -> int:
+        each = used * ceil_div(ceil_div(sizes.tokens, used), tokens)
+        return min(capacity(sizes.tokens, used, tokens), each)
+
+    return lora_prefill_space.Problem(
+        tokens=sizes.tokens,
+        hidden=sizes.hidden,
+        rank=sizes.rank,
+        outputs=sizes.outputs,
+        used_loras=used,
+        dtype=sizes.dtype,
+        longest=sizes.tokens,
+        tiles=tiles,
+        planned=True,
+        accumulate=False,
+        dependent=True,
+    )
+
+
+def _prefill_space(sizes: LinearSizes) -> list[Config]:
+    if lora_prefill.unsupported(sizes.hidden, sizes.rank, sizes.outputs, 90):
+        return []
+    return [{KERNEL: PREFILL, **config} for config in lora_prefill_space.linear_space(_problem(sizes), FACTS)]
+
+
+def _prefill_seconds(sizes: LinearSizes, config: Config, device: Mapping[str, float]) -> float:
+    problem = _problem(sizes)
+    shrink = lora_prefill_space.shrink_seconds(problem, config, device)
+    return shrink + lora_prefill_space.expand_seconds(problem, lora_prefill.expand_config(config), device) - OVERLAP_S

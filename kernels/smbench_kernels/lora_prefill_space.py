@@ -1,0 +1,184 @@
+"""Search space and time model of the Hopper prefill kernels. Owns no launch and not what is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from smbench_kernels import model
+from smbench_kernels.launch import ceil_div, next_power_of_two
+from smbench_kernels.lora_prefill_kernels import COLUMNS, TOKENS, DoesNotFit, Expand, Shrink
+from smbench_kernels.op import Config
+
+CLUSTERS = (1, 2, 4, 8)
+CHUNKS = (1, 2)
+PER_SM = (1, 2)
+RUNS = (2, 4, 8, 16)
+"""Copies in a row: more of them load x less often, fewer keep all blocks on one part of y and share it more equally."""
+MEETING_S = 0.5e-6
+"""What a cluster costs for each of its blocks: for 2048 tokens of hidden size 4096 and rank 16 clusters of 8 took
+12.6 us on an H200, where the rest of the model says 6."""
+LEAST_RING_BYTES = 64 * 1024
+"""Of all blocks of a multiprocessor: some 40 KB have to be in flight, and as much again is being used."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What decides which configuration is good."""
+
+    tokens: int
+    hidden: int
+    """Columns of x."""
+    rank: int
+    outputs: tuple[int, ...]
+    """Columns of each slice of y; as many slices of A."""
+    used_loras: int
+    """LoRAs that the batch needs."""
+    dtype: torch.dtype
+    longest: int
+    """No tile is of use that is longer."""
+    tiles: Callable[[int], int]
+    """How many tiles of so many tokens there are."""
+    planned: bool
+    accumulate: bool
+    """Whether shrink adds to its output."""
+    dependent: bool
+    """Whether expand reads what the kernel in front writes."""
+
+    def shrink(self, config: Config) -> Shrink:
+        """The kernel of a configuration. Whether it fits, its `stages` tell."""
+        return Shrink(
+            *(config["TOKENS"], self.rank, len(self.outputs), config["CLUSTER"], config["CHUNKS"], config["PER_SM"]),
+            *(self.accumulate, self.planned, self.dtype),
+        )
+
+    def expand(self, config: Config) -> Expand:
+        """The same for expand."""
+        return Expand(
+            *(config["TOKENS"], self.rank, len(self.outputs), config["CHUNKS"], config["PER_SM"]),
+            *(self.dependent, self.planned, self.dtype),
+        )
+
+
+def shrink_space(problem: Problem) -> list[Config]:
+    """Tiles as long as sequences are, columns shared by up to 8 blocks, one or two blocks to a multiprocessor."""
+    return [
+        config
+        for tokens in _tiles_of(problem)
+        for cluster in CLUSTERS
+        for chunks in CHUNKS
+        for per_sm in PER_SM
+        if cluster * chunks * COLUMNS < problem.hidden + chunks * COLUMNS
+        and _fits(
+            problem.shrink,
+            config := {"TOKENS": tokens, "CLUSTER": cluster, "CHUNKS": chunks, "PER_SM": per_sm},
+        )
+    ]
+
+
+def expand_space(problem: Problem) -> list[Config]:
+    """Tiles as long as sequences are, one or two blocks to a multiprocessor, runs that are no longer than a slice."""
+    return [
+        config
+        for tokens in _tiles_of(problem)
+        for chunks in CHUNKS
+        for per_sm in PER_SM
+        for run in RUNS
+        if (run == RUNS[0] or run * chunks * COLUMNS < 2 * max(problem.outputs))
+        and _fits(problem.expand, config := {"TOKENS": tokens, "CHUNKS": chunks, "PER_SM": per_sm, "RUN": run})
+    ]
+
+
+def shrink_plan(problem: Problem, config: Config, sms: int) -> model.Plan:
+    """What a shrink does. The tile at a sequence's end counts as a whole one."""
+    kernel = problem.shrink(config)
+    tiles, cluster = problem.tiles(kernel.tokens) * kernel.rank_tiles, kernel.cluster
+    # clusters of more than two need neighbours, of which every unit of the chip leaves some over
+    places = kernel.per_sm * sms // cluster * (8 if cluster > 2 else 9) // 9
+    blocks = min(tiles, max(1, places)) * cluster
+    steps = ceil_div(tiles * cluster, blocks) * ceil_div(problem.hidden, cluster * kernel.chunks * COLUMNS)
+    slices = len(problem.outputs)
+    x, out = 2.0 * problem.tokens * problem.hidden, 4.0 * problem.tokens * problem.rank * slices
+    a = 2.0 * problem.rank * problem.hidden * slices
+    written = (2 if problem.accumulate else 1) * out
+    return model.Plan(
+        programs=blocks,
+        threads=kernel.threads,
+        rounds=1 + (steps - 1) / (kernel.stages - 1),
+        device_bytes=x + written + problem.used_loras * a,
+        cache_bytes=kernel.rank_tiles * x + written + tiles / kernel.rank_tiles * a,
+        operations=0.0,
+        shared_bytes=kernel.shared_bytes,
+        exchange_s=MEETING_S * cluster if cluster > 1 else 0.0,
+    )
+
+
+def expand_plan(problem: Problem, config: Config, sms: int) -> model.Plan:
+    """What an expand does."""
+    kernel, run = problem.expand(config), config["RUN"]
+    tiles = problem.tiles(kernel.tokens)
+    runs = tiles * sum(ceil_div(count, run * kernel.chunks * COLUMNS) for count in problem.outputs)
+    blocks = min(runs, kernel.per_sm * sms)
+    turns = ceil_div(runs, blocks)
+    width = sum(problem.outputs)
+    y, x = 4.0 * problem.tokens * width, 4.0 * problem.tokens * problem.rank * len(problem.outputs)
+    b = 2.0 * problem.rank * width
+    # what the busiest block moves, as if all did
+    busy = turns * run * kernel.chunks * COLUMNS * blocks / (tiles * max(1, width))
+    return model.Plan(
+        programs=blocks,
+        threads=kernel.threads,
+        # x of the first run comes before its first product
+        rounds=2 + (turns * run - 1) / (kernel.stages - 1),
+        device_bytes=y + x + problem.used_loras * b,
+        cache_bytes=max(1.0, busy) * (y + tiles * b) + runs * 4.0 * kernel.tokens * problem.rank,
+        operations=0.0,
+        shared_bytes=kernel.shared_bytes,
+    )
+
+
+def shrink_seconds(problem: Problem, config: Config, device: Mapping[str, float]) -> float:
+    """Modelled time of a shrink."""
+    return model.seconds(shrink_plan(problem, config, int(device["sm_count"])), device)
+
+
+def expand_seconds(problem: Problem, config: Config, device: Mapping[str, float]) -> float:
+    """Modelled time of an expand."""
+    return model.seconds(expand_plan(problem, config, int(device["sm_count"])), device)
+
+
+def linear_config(shrink: Config, expand: Config) -> Config:
+    """The configuration of `lora_prefill.linear`, of two that have tiles of the same length."""
+    return {**shrink, "RUN": expand["RUN"], **{f"EXPAND_{name}": expand[name] for name in ("CHUNKS", "PER_SM")}}
+
+
+def linear_space(problem: Problem, device: Mapping[str, float]) -> list[Config]:
+    """Every shrink, with the expand that the model likes best."""
+    found: list[Config] = []
+    for shrink in shrink_space(problem):
+        expands = [config for config in expand_space(problem) if config["TOKENS"] == shrink["TOKENS"]]
+        if expands:
+            best = min(expands, key=lambda config: expand_seconds(problem, config, device))
+            found.append(linear_config(shrink, best))
+    return found
+
+
+def other_expands(problem: Problem, config: Config) -> list[Config]:
+    """Configurations of `lora_prefill.linear` with the same shrink and every expand."""
+    shrink = {name: config[name] for name in ("TOKENS", "CLUSTER", "CHUNKS", "PER_SM")}
+    expands = [expand for expand in expand_space(problem) if expand["TOKENS"] == shrink["TOKENS"]]
+    return [linear_config(shrink, expand) for expand in expands]
+
+
+def _tiles_of(problem: Problem) -> list[int]:
+    return [tokens for tokens in TOKENS if tokens <= max(TOKENS[0], next_power_of_two(problem.longest))]
+
+
+def _fits(kernel: Callable[[Config], Shrink | Expand], config: Config) -> bool:
+    try:
+        built = kernel(config)
+        return config["PER_SM"] * built.stages * built.stage_bytes >= LEAST_RING_BYTES
+    except DoesNotFit:
+        return False
