@@ -6,7 +6,7 @@ S slices of n_i outputs each, and the LoRA of token t in `lora(t)`, where -1 sta
     y[t, slice i] += SCALE * (x[t] . A_i[lora(t)]^T) . B_i[lora(t)]^T        A_i is [L, r, h], B_i is [L, n_i, r]
 
 A slice is one of the projections that engines compute together from one input: query, key and value; gate and up. The
-batch may mix sequences that prefill with sequences that decode, whose one token each.
+batch may mix sequences that prefill with sequences that decode one token each.
 """
 
 from __future__ import annotations
