@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 
 from smbench_kernels import hardware, lora_prefill_expand_source, lora_prefill_shrink_source, lora_prefill_source
-from smbench_kernels.hstu_attention_sm90_primitives import product
 from smbench_kernels.launch import ceil_div
+from smbench_kernels.sm90_primitives import product
 
 CAPABILITY, FEATURES = 90, "a"
 """wgmma is sm_90a's alone."""

@@ -1,7 +1,7 @@
 """CUDA C++ that our Hopper prefill kernels share: tiles of tokens, copies by tensor map, thread block clusters.
 
 Owns no kernel. A tile is up to TOKENS tokens of one LoRA; in shared memory it is chunks of 64 columns, in a chunk row
-after row of 128 bytes with the copy engine's swizzle, as `hstu_attention_sm90_primitives` describes. Rows come as one
+after row of 128 bytes with the copy engine's swizzle, as `sm90_primitives` describes. Rows come as one
 box where all TOKENS tokens are neighbours, in boxes of 16 or 4 where these are, else row by row: the same kernel serves
 sequences and a work list of scattered tokens. Four warps copy, since asking for a box takes a warp some 60 ns.
 Instructions: PTX ISA 9.0, "cp.async.bulk.tensor", "mbarrier", "griddepcontrol", "Cluster".
@@ -12,8 +12,7 @@ else from sequences), BFLOAT16.
 
 from __future__ import annotations
 
-from smbench_kernels import cuda_primitives
-from smbench_kernels.hstu_attention_sm90_primitives import BASE, ELEMENT
+from smbench_kernels import cuda_primitives, sm90_primitives
 
 PRIMITIVES = r"""
 /* bulk copies that say what becomes of their lines in the L2: kept, or the first to go */
@@ -264,5 +263,13 @@ struct Rows {
 
 
 def source(products: str, kernel: str) -> str:
-    """A whole source: primitives, `products` that `hstu_attention_sm90_primitives.product` made, tiles, a kernel."""
-    return cuda_primitives.SOURCE + BASE + ELEMENT + PRIMITIVES + products + TILES + kernel
+    """A whole source: primitives, `products` that `sm90_primitives.product` made, tiles, a kernel."""
+    return (
+        cuda_primitives.SOURCE
+        + sm90_primitives.SOURCE
+        + sm90_primitives.ELEMENT
+        + PRIMITIVES
+        + products
+        + TILES
+        + kernel
+    )
