@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import random
 import re
 import shutil
@@ -36,14 +35,17 @@ def library(source: str, names: tuple[str, ...], macros: tuple[tuple[str, int], 
     )
     defined = "".join(f"#define {name} {value}\n" for name, value in macros)
     text = defined + f'#include "{HEADER}"\n' + own + "".join(f"\nEMULATED({name})" for name in names)
-    key = hashlib.sha256((text + HEADER.read_text()).encode()).hexdigest()
-    folder = Path(tempfile.mkdtemp(prefix="smbench-emulated-"))
-    code, built = folder / f"{key}.cpp", folder / f"{key}.so"
-    code.write_text(text, encoding="utf-8")
-    subprocess.run([COMPILER, *OPTIONS, "-o", str(built), str(code)], check=True)
-    found = ctypes.CDLL(str(built))
-    shutil.rmtree(folder)
-    return found
+    return compiled(text)
+
+
+def compiled(text: str) -> ctypes.CDLL:
+    """C++ as a loaded library."""
+    assert COMPILER
+    with tempfile.TemporaryDirectory(prefix="smbench-emulated-") as folder:
+        code, built = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
+        code.write_text(text, encoding="utf-8")
+        subprocess.run([COMPILER, *OPTIONS, "-o", str(built), str(code)], check=True)
+        return ctypes.CDLL(str(built))
 
 
 def launch(

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import random
 import re
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,29 +12,20 @@ from typing import Any
 
 import torch
 
-from emulated_cuda import COMPILER
+from emulated_cuda import compiled
 
-HEADERS = [Path(__file__).with_name(name) for name in ("cuda_emulation.hpp", "cuda_emulation_sm90.hpp")]
-OPTIONS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-Wl,-z,noexecstack")
+HEADER = Path(__file__).with_name("cuda_emulation_sm90.hpp")
 MAP_WORDS = 16
 
 
 @cache
 def library(source: str, name: str, macros: tuple[tuple[str, int], ...]) -> ctypes.CDLL:
     """A kernel by its source without the primitives; AssertionError where it uses PTX of its own."""
-    assert COMPILER
     assert "asm" not in source, "a kernel's PTX belongs into the primitives, which are emulated"
     own = re.sub(r"extern __shared__ unsigned char (\w+)\[\];", r"unsigned char *\1 = block_memory();", source)
     defined = "".join(f"#define {key} {value}\n" for key, value in macros)
-    text = f'{defined}#include "{HEADERS[-1]}"\n{own}\nEMULATED_CLUSTERS({name})'
-    key = hashlib.sha256((text + "".join(header.read_text() for header in HEADERS)).encode()).hexdigest()
-    folder = Path(tempfile.mkdtemp(prefix="smbench-emulated-"))
-    code, built = folder / f"{key}.cpp", folder / f"{key}.so"
-    code.write_text(text, encoding="utf-8")
-    subprocess.run([COMPILER, *OPTIONS, "-o", str(built), str(code)], check=True)
-    found = ctypes.CDLL(str(built))
-    shutil.rmtree(folder)
-    return found
+    text = f'{defined}#include "{HEADER}"\n{own}\nEMULATED_CLUSTERS({name})'
+    return compiled(text)
 
 
 def tensor_map(
