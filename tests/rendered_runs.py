@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 
 import fake_run
 from smbench import report
@@ -47,3 +48,14 @@ def table_after(text: str, words: str) -> list[list[str]]:
     table = re.findall(r"(?:^\|.*\n)+", text.split(words, 1)[1], re.MULTILINE)[0]
     lines = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table.splitlines()]
     return [lines[0], *lines[2:]]
+
+
+def assert_whole_tables(text: str) -> None:
+    """A report's tables are tables to Markdown, at least one, each with equal columns and no blank cell."""
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    assert len(tables) == sum(token.type == "table_open" for token in tokens) > 0
+    for table in tables:
+        rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines()]
+        assert len({len(row) for row in rows}) == 1, table
+        assert all(cell.strip() for row in rows for cell in row), table

@@ -15,6 +15,7 @@ from markdown_it import MarkdownIt
 import bundles
 import fake_frameworks_run as fake
 import fake_run
+from rendered_runs import assert_whole_tables
 from smbench import metricnames, onebatch, published, report, resources, runfolder, verify
 from smbench.cell import Cell
 from smbench.document_frameworks import Frameworks
@@ -105,13 +106,7 @@ def test_sections_are_the_documents_in_its_order(rendered: Mapping[str, Path], n
 @pytest.mark.parametrize("name", RUNS)
 def test_tables_have_equal_columns_and_no_blank_cells(rendered: Mapping[str, Path], name: str) -> None:
     text = text_of(rendered, name)
-    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    tokens = MarkdownIt("commonmark").enable("table").parse(text)
-    assert len(tables) == sum(token.type == "table_open" for token in tokens) > 0
-    for found in tables:
-        rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in found.splitlines()]
-        assert len({len(row) for row in rows}) == 1, found
-        assert all(cell.strip() for row in rows for cell in row), found
+    assert_whole_tables(text)
 
 
 @pytest.mark.parametrize("name", RUNS)

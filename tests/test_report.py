@@ -18,6 +18,7 @@ from markdown_it import MarkdownIt
 
 import fake_run
 import small_runs
+from rendered_runs import assert_whole_tables
 from smbench import __version__, report
 from smbench.analysis import Analysis
 from smbench.cell import Cell
@@ -70,13 +71,7 @@ def test_tables_have_equal_columns_and_no_blank_numbers(
     rendered: Mapping[str, tuple[Path, Analysis]], name: str
 ) -> None:
     text = text_of(rendered, name)
-    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    tokens = MarkdownIt("commonmark").enable("table").parse(text)
-    assert len(tables) == sum(token.type == "table_open" for token in tokens) > 0
-    for table in tables:
-        rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines()]
-        assert len({len(row) for row in rows}) == 1, table
-        assert all(cell.strip() for row in rows for cell in row), table
+    assert_whole_tables(text)
 
 
 @pytest.mark.parametrize("name", RUNS)

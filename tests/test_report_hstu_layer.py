@@ -7,10 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
-from markdown_it import MarkdownIt
 
 import fake_run
-from rendered_runs import Rendered, render, table_after, text_of
+from rendered_runs import Rendered, assert_whole_tables, render, table_after, text_of
 from smbench import report
 from smbench.cell import Cell
 from smbench.document_hstu_layer import HstuLayer
@@ -142,13 +141,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Rendered:
 @pytest.mark.parametrize("name", RUNS)
 def test_tables_have_equal_columns_and_no_blank_cells(rendered: Rendered, name: str) -> None:
     text = text_of(rendered, name)
-    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    parsed = MarkdownIt("commonmark").enable("table").parse(text)
-    assert len(tables) == sum(token.type == "table_open" for token in parsed) > 0
-    for table in tables:
-        cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines()]
-        assert len({len(row) for row in cells}) == 1, table
-        assert all(cell.strip() for row in cells for cell in row), table
+    assert_whole_tables(text)
     assert not re.search(r"\b(nan|inf|None|Undefined|undefined)\b|object at 0x", text)
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from markdown_it import MarkdownIt
 
 import fake_run
-from rendered_runs import Rendered, render, text_of
+from rendered_runs import Rendered, assert_whole_tables, render, text_of
 from smbench import document_lora_peers as peers
 from smbench.analysis import Analysis
 from smbench.cell import AxisValue, Cell
@@ -97,13 +96,7 @@ def verdicts_of(analysis: Analysis) -> dict[str, peers.Verdict]:
 @pytest.mark.parametrize("name", RUNS)
 def test_tables_are_whole_and_nothing_undefined_is_printed(rendered: Rendered, name: str) -> None:
     text = text_of(rendered, name)
-    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    tokens = MarkdownIt("commonmark").enable("table").parse(text)
-    assert len(tables) == sum(token.type == "table_open" for token in tokens) > 0
-    for table in tables:
-        rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines()]
-        assert len({len(row) for row in rows}) == 1, table
-        assert all(cell.strip() for row in rows for cell in row), table
+    assert_whole_tables(text)
     assert not re.search(r"\b(nan|inf|None|Undefined|undefined)\b|object at 0x", text)
 
 
