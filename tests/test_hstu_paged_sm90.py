@@ -25,6 +25,7 @@ from smbench_kernels import (
     hstu_paged_attention,
     hstu_paged_sm90,
     hstu_paged_sm90_schedule,
+    nvrtc,
 )
 from smbench_kernels.hstu_graphs import PaddedShape, empty_batch
 from smbench_kernels.hstu_paged import PagedBatch
@@ -298,6 +299,8 @@ def test_the_kernel_gets_the_parameters_that_it_declares(monkeypatch: pytest.Mon
     monkeypatch.setattr(hstu_paged_sm90, "tensor_map", lambda *_: some_map)
     monkeypatch.setattr(hstu_paged_sm90, "page_map", lambda *_: some_map)
     monkeypatch.setattr(hstu_paged_sm90, "_blocks", lambda _: 132)
+    # nothing is compiled here
+    monkeypatch.setattr(nvrtc, "_nvrtc", lambda: None)
     q, cache, batch = tensors()
     none = torch.empty(0)
     room = hstu_paged_sm90.Workspace(none, none)
