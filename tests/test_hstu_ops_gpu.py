@@ -62,8 +62,11 @@ def test_a_step_is_weighed_and_its_course_kept(tmp_path: Path) -> None:
         assert memory["snapshot_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
         course = memory["timeline_bytes"]
         assert list(read(path.read_bytes(), path.name).bytes) == course
-        # the allocator's own two counts are where its history says, which has sizes as they were asked for: each block
-        # is rounded up to 512 bytes
-        assert 0 <= memory["saved_bytes"] - course[memory["backward_at"] - 1] < 512 * memory["backward_at"]
-        assert 0 <= memory["peak_bytes"] - max(course) < 512 * len(course)
+        # the allocator's own two counts are where its history says, which has sizes as they were asked for: blocks are
+        # rounded up to 512 bytes, and what is left of a large one stays with it up to 1 MiB
+        for counted, drawn in (
+            (memory["saved_bytes"], course[memory["backward_at"] - 1]),
+            (memory["peak_bytes"], max(course)),
+        ):
+            assert 0 <= counted - drawn < 0.05 * counted
     assert kept["fused-none"]["memory"]["saved_bytes"] < kept["fused"]["memory"]["saved_bytes"] / 2

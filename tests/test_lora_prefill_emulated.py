@@ -118,6 +118,7 @@ def test_shrink(case: str) -> None:
 EXPANDS: dict[str, tuple[Make, Expand, tuple[int, ...]]] = {
     "narrow rank": (lambda: sequences(70, 40, 130), Expand(64, 16, 1, 2, 1, False, False, torch.bfloat16), (328,)),
     "rank between": (lambda: sequences(128, 5, 200), Expand(128, 24, 1, 1, 1, False, False, torch.float16), (200,)),
+    "rank of three pieces": (lambda: sequences(128, 40), Expand(128, 136, 1, 1, 1, False, False, torch.float16), (72,)),
     "slices of a plan": (lambda: mixed(64), Expand(64, 72, 3, 1, 1, True, True, torch.float16), (264, 72, 40)),
 }
 

@@ -22,7 +22,7 @@ constexpr int STAGE_BYTES = COPIED_BYTES + B_PARTS * B_PART_BYTES, X_BYTES = (IN
 constexpr int CONSUMERS = 128 * GROUPS, PIECES = INNER / 8, ALL_PIECES = 64 * PIECES;
 /* as far as registers go, x is loaded a run ahead, else a part at a time */
 constexpr bool AHEAD = INNER <= 128;
-constexpr int EACH_PIECES = (AHEAD ? ALL_PIECES : 1024) / 128;
+constexpr int EACH_PIECES = (AHEAD ? ALL_PIECES : 512) / 128;
 
 struct Maps {
     RowMaps y[SLICES];

@@ -72,8 +72,7 @@ class Kernel:
         kernel may start before the one in front of it has ended, and has to wait for it by `griddepcontrol.wait`
         (programmatic dependent launch). Both need compute capability 9.0.
         """
-        if shared_bytes > SHARED_WITHOUT_ASKING:
-            _driver_call("cuFuncSetAttribute", self._function, MAX_DYNAMIC_SHARED, shared_bytes)
+        self._allow(shared_bytes)
         if cluster > PORTABLE_CLUSTER:
             _driver_call("cuFuncSetAttribute", self._function, NON_PORTABLE_CLUSTER_ALLOWED, 1)
         values = [_value(argument) for argument in arguments]
@@ -104,10 +103,14 @@ class Kernel:
         run.kept = (values, arguments)  # type: ignore[attr-defined]
         return run
 
+    def _allow(self, shared_bytes: int) -> None:
+        """Ask for dynamic shared memory that, with the static, is more than a kernel gets without asking."""
+        if shared_bytes + self.facts()["shared_bytes"] > SHARED_WITHOUT_ASKING:
+            _driver_call("cuFuncSetAttribute", self._function, MAX_DYNAMIC_SHARED, shared_bytes)
+
     def resident_clusters(self, threads: int, shared_bytes: int, cluster: int) -> int:
         """Clusters of so many blocks that the current device holds at once: its units have unequal numbers of SMs."""
-        if shared_bytes > SHARED_WITHOUT_ASKING:
-            _driver_call("cuFuncSetAttribute", self._function, MAX_DYNAMIC_SHARED, shared_bytes)
+        self._allow(shared_bytes)
         attributes = _attributes(cluster, dependent=False)
         config = _LaunchConfig(cluster, 1, 1, threads, 1, 1, shared_bytes, None, attributes, len(attributes))
         found = ctypes.c_int()
