@@ -248,7 +248,7 @@ static int load_recent(const int *at) { return *at; }
 static void wait_for_previous() {}
 static void let_next_start() {}
 struct Mail { unsigned char *to, *mailbox; int reports; float value[4]; };
-struct Mailbox { signed char missing, blocks; short turn; int bytes; };
+struct Mailbox { short missing, turn; int bytes; };
 static std::vector<unsigned char *> cluster_memory;
 static std::vector<Mail> mails;
 static void cluster_arrive() { ++current->cluster_arrivals; }
@@ -258,17 +258,13 @@ static void cluster_wait()
     wait_at(&CLUSTER_BARRIER);
 }
 static Mailbox &mailbox_at(unsigned char *memory, unsigned at) { return *reinterpret_cast<Mailbox *>(memory + at); }
-static void open_mailbox(unsigned mailbox, int blocks = 1)
-{
-    const signed char count = static_cast<signed char>(blocks);
-    mailbox_at(dynamic_shared, mailbox) = {count, count, 0, 0};
-}
+static void open_mailbox(unsigned mailbox) { mailbox_at(dynamic_shared, mailbox) = {1, 0, 0}; }
 static void arrive(Mailbox &box, int reports, int bytes)
 {
     box.missing -= reports;
     box.bytes += bytes;
     if (box.missing == 0 && box.bytes == 0)
-        box.missing = box.blocks, box.turn ^= 1;
+        box.missing = 1, box.turn ^= 1;
 }
 static void announce(unsigned mailbox, int bytes) { arrive(mailbox_at(dynamic_shared, mailbox), 1, bytes); }
 static unsigned char *in_block(int block, unsigned at) { return cluster_memory[static_cast<size_t>(block)] + at; }
@@ -282,8 +278,6 @@ static void send(unsigned to, unsigned mailbox, int block, const float (&value)[
 {
     post(in_block(block, to), in_block(block, mailbox), 0, value);
 }
-static void store_in_block(unsigned to, int block, const float (&value)[4]) { post(in_block(block, to), nullptr, 0, value); }
-static void report(unsigned mailbox, int block) { post(nullptr, in_block(block, mailbox), 1, {}); }
 static void wait_for_mail(unsigned mailbox, int turn)
 {
     current->mailbox = mailbox;

@@ -24,7 +24,6 @@ CONFIGS: dict[str, Config] = {
     "pair": joined(SHRINK, EXPAND),
     "pair through memory": joined({**SHRINK, "CLUSTER": 0}, {**EXPAND, "CHUNK": 8}),
     "pair of a ring": joined({**SHRINK, "CHUNK": 48, "STAGES": 4, "STEPS": 1}, {**EXPAND, "CHUNK": 48}),
-    "pair that reports once": joined({**SHRINK, "CLUSTER": 2, "PARTS": 16}, EXPAND),
     "pair unsplit": joined({**SHRINK, "PARTS": 1, "CHUNK": 8}, {**EXPAND, "BLOCKS": 1}),
     "one": ONE,
     "one of a ring": {**ONE, "STAGES": 3, "PARTS": 4, "CHUNK": 24},

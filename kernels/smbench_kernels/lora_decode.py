@@ -5,7 +5,7 @@ Shapes: x [T, h] and weights in float16 or bfloat16; A of each slice [L, r, h], 
 
 A configuration of shrink: WARPS, STAGES (buffers of a warp's ring, each for 32 columns; 0: none, it holds STEPS times
 32 columns in registers), TILES (times 16 ranks of a block), PARTS (blocks that share the columns of a segment), CLUSTER
-(1 or 2: they exchange sums as a cluster, in two ways; 0: through memory). Of expand: WARPS, BLOCKS (times 32 outputs of
+(1: they exchange sums as a cluster; 0: through memory). Of expand: WARPS, BLOCKS (times 32 outputs of
 a warp). Of both in one launch: WARPS, STAGES, STEPS, PARTS. All: CHUNK of the plan.
 
 The grid of shrink is for the segments that there usually are, not for the most there can be: surplus clusters, though
@@ -113,7 +113,7 @@ def shrink_launch(shape: Shape, config: Config) -> Launch:
             "TILES": tiles,
             "WARPS": warps,
             **_round_macros(shape, config),
-            "CLUSTERS": config["CLUSTER"] if exchange else 0,
+            "CLUSTERS": int(exchange),
             "QUADS_WHOLE": int(shape.rank % 4 == 0),
         },
         grid=(parts * started, shape.slices * rank_blocks, 1),

@@ -188,8 +188,8 @@ lora_shrink(float *out, float *partials, int *counters, const element *x, const 
     Four *inboxes = reinterpret_cast<Four *>(memory + WARPS * WARP_BYTES);
     const unsigned mailboxes = shared_address(inboxes + 2 * (QUADS + parts));
     if (threadIdx.x == 0) {
-        open_mailbox(mailboxes, CLUSTERS == 1 ? 1 : parts);
-        open_mailbox(mailboxes + 8, CLUSTERS == 1 ? 1 : parts);
+        open_mailbox(mailboxes);
+        open_mailbox(mailboxes + 8);
     }
     cluster_arrive();
     const int stride = parts, offset = blockIdx.x % parts;
@@ -207,6 +207,9 @@ lora_shrink(float *out, float *partials, int *counters, const element *x, const 
 #pragma unroll 1
     for (int segment = blockIdx.x / parts; segment < segments_all; segment += gridDim.x / parts, ++turn) {
         const Segment work = segment_of(segments, segment);
+        /* asked for with this one, so that nobody waits at the end to learn that there is none */
+        const int next = segment + gridDim.x / parts;
+        const int following[1] = {next < segments_all ? load_recent(segments + 4 * next + 1) : 0};
         int tokens[GROUPS];
         find_tokens(tokens, members, segment);
         /* the results that this thread writes, if it is this block that writes; their tokens come with the segment */
@@ -218,7 +221,7 @@ lora_shrink(float *out, float *partials, int *counters, const element *x, const 
             row[i] = load_recent(members + segment * CHUNK + (token < CHUNK ? token : 0));
         }
         /* those behind it are surplus too */
-        if (surplus(work, tokens, row))
+        if (surplus(work, tokens, row) || surplus(work, following, following))
             return;
         Four before[OWNED] = {};
         float *at[OWNED];
@@ -252,24 +255,14 @@ lora_shrink(float *out, float *partials, int *counters, const element *x, const 
         const int owned = (QUADS + parts - 1) / parts;
         Four *inbox = inboxes + turn % 2 * (QUADS + parts);
         const unsigned mailbox = mailboxes + turn % 2 * 8;
-        if (CLUSTERS == 1 && threadIdx.x == 0)
+        if (threadIdx.x == 0)
             announce(mailbox, (quads - part + parts - 1) / parts * parts * 16);
         /* the other blocks have started and opened their mailboxes */
         if (turn == 0)
             cluster_wait();
-        for (int quad = threadIdx.x; quad < quads; quad += THREADS) {
-            const unsigned to = shared_address(inbox + part * owned + quad / parts);
-            const Four total = sum_of_warps(memory, quad);
-            if (CLUSTERS == 1)
-                send(to, mailbox, quad % parts, total.value);
-            else
-                store_in_block(to, quad % parts, total.value);
-        }
-        if (CLUSTERS == 2) {
-            __syncthreads();
-            if (threadIdx.x < parts)
-                report(mailbox, threadIdx.x);
-        }
+        for (int quad = threadIdx.x; quad < quads; quad += THREADS)
+            send(shared_address(inbox + part * owned + quad / parts), mailbox, quad % parts,
+                 sum_of_warps(memory, quad).value);
         wait_for_mail(mailbox, turn / 2 % 2);
 #pragma unroll
         for (int i = 0; i < OWNED; ++i) {
@@ -283,7 +276,6 @@ lora_shrink(float *out, float *partials, int *counters, const element *x, const 
                 write_quad(at[i], total, before[i], scale, left[i]);
             }
         }
-        __syncthreads();
 #else
         const int slot = blockIdx.y * segments_all + segment;
         float *results = partials + static_cast<long long>(slot) * parts * (QUADS * 4);
@@ -322,8 +314,10 @@ lora_shrink(float *out, float *partials, int *counters, const element *x, const 
         /* ready for the next launch */
         if (parts > 1 && last && threadIdx.x == 0)
             counters[slot] = 0;
-        __syncthreads();
 #endif
+        if (following[0] == 0)
+            return;
+        __syncthreads();
     }
 }
 """

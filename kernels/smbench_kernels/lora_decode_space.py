@@ -23,8 +23,6 @@ MOST_REGISTERS = 176
 MOST_BLOCKS = 2048
 """More thread blocks than a card holds at once only wait."""
 MOST_CHUNK = 64
-LEAST_REPORTED = 32
-"""Tokens times tiles of 16 ranks from which the second way to exchange sums may pay."""
 ROUNDS = (
     *({"STAGES": 0, "STEPS": steps} for steps in (1, 2, 4)),
     *({"STAGES": stages, "STEPS": 1} for stages in (3, 5)),
@@ -101,8 +99,6 @@ def shrink_space(shape: Shape) -> list[Config]:
             config = {"CHUNK": chunk, "TILES": tiles, "WARPS": warps, **rounds, "PARTS": parts, "CLUSTER": 1}
             if shrink_registers(config, tiles) <= MOST_REGISTERS and _useful(shape, config) and _fits(shape, config):
                 found.append(config)
-                if parts > 1 and chunk * tiles >= LEAST_REPORTED:
-                    found.append({**config, "CLUSTER": 2})
     return found
 
 
@@ -192,8 +188,6 @@ def shrink_seconds(shape: Shape, config: Config, device: Mapping[str, float]) ->
     if parts > 1:
         exchange = 64.0 * chunk * tiles * SEND_S_PER_BYTE + parts * PART_S
         exchange += 0.0 if launch.cluster > 1 else MEMORY_EXCHANGE_S
-        # not timed yet: tried behind the others
-        exchange += 1e-9 if config["CLUSTER"] == 2 else 0.0
     busy = min(device["sm_count"], clusters * parts)
     bandwidth = device["memory_bytes_per_s"]
     read = _loras(shape) * weights + x

@@ -120,12 +120,11 @@ __device__ inline void cluster_wait()
 }
 
 /* A mailbox is 8 bytes of shared memory: it is full when the announced bytes have come, and then open for the next.
-   One thread opens it, before cluster_arrive, and one announces the bytes of each turn. Or it is full when as many
-   blocks as it was opened for have reported. */
-__device__ inline void open_mailbox(unsigned mailbox, int blocks = 1)
+   One thread opens it, before cluster_arrive, and one announces the bytes of each turn. */
+__device__ inline void open_mailbox(unsigned mailbox)
 {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(mailbox), "r"(blocks) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(mailbox) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
@@ -148,28 +147,6 @@ __device__ inline void send(unsigned to, unsigned mailbox, int block, const floa
                  :
                  : "r"(there), "f"(value[0]), "f"(value[1]), "f"(value[2]), "f"(value[3]), "r"(box)
                  : "memory");
-#endif
-}
-
-/* the same without a mailbox: the block reports once for all that its threads have stored before a barrier */
-__device__ inline void store_in_block(unsigned to, int block, const float (&value)[4])
-{
-#if __CUDA_ARCH__ >= 900
-    unsigned there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(to), "r"(block));
-    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};"
-                 :
-                 : "r"(there), "f"(value[0]), "f"(value[1]), "f"(value[2]), "f"(value[3])
-                 : "memory");
-#endif
-}
-
-__device__ inline void report(unsigned mailbox, int block)
-{
-#if __CUDA_ARCH__ >= 900
-    unsigned box;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(box) : "r"(mailbox), "r"(block));
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(box) : "memory");
 #endif
 }
 

@@ -2,7 +2,7 @@
 
 Owns how a configuration is chosen and bound; the kernels own what a configuration means. An operation has a portable
 kernel in Triton, which the interpreter runs too, and may have faster ones in CUDA C++ besides; a configuration with the
-key `KERNEL` is one of theirs. By default a GPU gets the latter where they take the point and a card has run them.
+key `KERNEL` is one of theirs. By default a GPU gets the latter where they take the point.
 """
 
 from __future__ import annotations
@@ -65,8 +65,6 @@ class OwnKernel:
     """The launch of a configuration of the portable kernel; tensors may be given as dtypes."""
     expands: bool
     cuda: CudaKernel | None = None
-    cuda_by_default: bool = False
-    """Whether the CUDA kernels are taken where nothing is tuned: not before a card has run them as they are."""
     contenders: Callable[[Point], list[Config]] = _none
     """Configurations of the portable kernel that may be faster than the CUDA kernels' where these run."""
 
@@ -83,7 +81,7 @@ class OwnKernel:
 
     def default_config(self, point: Point, device: Hardware) -> Config:
         """The configuration with the least modelled time; the first of equals. The CUDA kernels' where they are due."""
-        due = self.cuda_by_default and self.cuda is not None and self.cuda.takes(point, device.capability)
+        due = self.cuda is not None and self.cuda.takes(point, device.capability)
         return self.cuda_config(point, device) if due else self.portable_config(point, device)
 
     def cuda_config(self, point: Point, device: Hardware) -> Config:
