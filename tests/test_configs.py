@@ -95,7 +95,8 @@ def test_parameters_of_a_library_hold_for_one_version_of_it(tmp_path: Path) -> N
 def test_a_file_of_the_first_format_is_read(tmp_path: Path) -> None:
     path = tmp_path / "bgmv_shrink.json"
     path.write_text(json.dumps(GOOD))
-    assert configs.load(path).library is None
+    found = configs.load(path)
+    assert found.library is None and found.entries[0].config == {"BLOCK_K": 128, "STAGES": 0}
 
 
 def test_a_device_without_a_file_is_unsupported_with_the_remedy(tmp_path: Path) -> None:
@@ -114,7 +115,7 @@ GOOD: dict[str, Any] = {
     "device": "NVIDIA H200",
     "triton": "3.6.0",
     "method": "graph",
-    "entries": [{"point": {"batch": 1}, "config": {"BLOCK_K": 128}, "time_s": 1e-6, "candidates": 3}],
+    "entries": [{"point": {"batch": 1}, "config": {"BLOCK_K": 128, "STAGES": 0}, "time_s": 1e-6, "candidates": 3}],
 }
 ENTRY = GOOD["entries"][0]
 WRONG = {
@@ -132,7 +133,11 @@ WRONG = {
     ),
     "a word as parameter": (
         {**GOOD, "entries": [{**ENTRY, "config": {"BLOCK_K": "128"}}]},
-        r"entries\[0\].config.BLOCK_K is '128'; expected a positive integer",
+        r"entries\[0\].config.BLOCK_K is '128'; expected an integer from 0",
+    ),
+    "a parameter below zero": (
+        {**GOOD, "entries": [{**ENTRY, "config": {"STAGES": -1}}]},
+        r"entries\[0\].config.STAGES is -1; expected an integer from 0",
     ),
     "a truth value as parameter": (
         {**GOOD, "entries": [{**ENTRY, "config": {"BLOCK_K": True}}]},

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
+from smbench.worker.timing import Flush
+from smbench.worker.tune import PointClock
 from smbench_kernels import hardware, lora
 from smbench_kernels.launch import Workspace
-from smbench_kernels.op import Inputs, Point, Prepared, load
+from smbench_kernels.op import Config, Inputs, Point, Prepared, load
 from smbench_kernels.own import OwnKernel
 from smbench_kernels.registry import op as find_op
 
@@ -101,6 +106,36 @@ def test_a_graph_is_replayed_for_other_indices(name: str, most_split: bool) -> N
         # once per step, for all layers: kernels that take a plan have it filled here
         prepared.begin()
         check(name, point, inputs, graph.replay)
+
+
+def test_what_a_candidate_of_the_tuner_works_in_stays_allocated() -> None:
+    """A graph holds addresses: memory freed after the capture is given to the next candidate."""
+    point, found = point_of("bgmv_shrink", 33, 4096, 16), find_op("bgmv_shrink")
+    tunable = found.tuning()
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def bind(point: Point, inputs: Inputs) -> Callable[[Config], Prepared]:
+        bound = tunable.binding(point, inputs)
+
+        def prepare(config: Config) -> Prepared:
+            prepared, workspace = bound(config), torch.zeros(1024, device="cuda")
+            seen.append(weakref.ref(workspace))
+
+            def run() -> None:
+                workspace.add_(1)
+                prepared.run()
+
+            return replace(prepared, run=run)
+
+        return prepare
+
+    device = torch.device("cuda")
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        clock = PointClock(found, replace(tunable, bind=bind), point, 0, stream, Flush(device))
+        assert clock(tunable.space(point)[0], 3)
+        gc.collect()
+        assert len(seen) > 1 and all(workspace() is not None for workspace in seen)
 
 
 @pytest.mark.parametrize("name", ["sgmv_shrink", "sgmv_expand"])

@@ -215,8 +215,8 @@ def _entry(path: Path, where: str, content: Any) -> Entry:
         if isinstance(value, bool) or not (isinstance(value, str) or (isinstance(value, int) and value >= 1)):
             raise ConfigFileError(f"{path}: {where}.point.{key} is {value!r}; expected a positive integer or a word")
     for key, value in config.items():
-        if isinstance(value, bool) or not (isinstance(value, int) and value >= 1):
-            raise ConfigFileError(f"{path}: {where}.config.{key} is {value!r}; expected a positive integer")
+        if isinstance(value, bool) or not (isinstance(value, int) and value >= 0):
+            raise ConfigFileError(f"{path}: {where}.config.{key} is {value!r}; expected an integer from 0")
     time_s = entry["time_s"]
     if isinstance(time_s, bool) or not (isinstance(time_s, int | float) and math.isfinite(time_s) and time_s > 0):
         raise ConfigFileError(f"{path}: {where}.time_s is {time_s!r}; expected seconds above zero")

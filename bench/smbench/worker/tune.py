@@ -59,7 +59,8 @@ class _Candidate:
     """A configuration that is right and captured, ready to be timed again."""
 
     replay: Callable[[], None]
-    calls: int
+    calls: Sequence[Callable[[], None]]
+    """What the graph replays. They hold what it only has the addresses of, workspaces among it."""
 
 
 class PointClock:
@@ -85,7 +86,7 @@ class PointClock:
             return None
         elapsed, _ = sample(candidate.replay, 1, self._flush, samples + 1, self._stream)
         # the first replay of a burst finds an idle device
-        return statistics.median(elapsed[1:]) / candidate.calls
+        return statistics.median(elapsed[1:]) / len(candidate.calls)
 
     def _capture(self, config: Config) -> _Candidate | None:
         buffers = self._sets[0]
@@ -111,7 +112,7 @@ class PointClock:
         for other in others:
             other.begin()
         calls = [prepared.run, *(other.run for other in others)]
-        return _Candidate(capture(calls, self._stream).replay, len(calls))
+        return _Candidate(capture(calls, self._stream).replay, calls)
 
     def _make_sets(self, run: Callable[[], None]) -> None:
         """Enough copies of the inputs, sized by the first configuration's time."""
