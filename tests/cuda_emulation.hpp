@@ -257,6 +257,11 @@ static void cluster_wait()
     ++current->cluster_waits;
     wait_at(&CLUSTER_BARRIER);
 }
+static void cluster_meet()
+{
+    cluster_arrive();
+    cluster_wait();
+}
 static Mailbox &mailbox_at(unsigned char *memory, unsigned at) { return *reinterpret_cast<Mailbox *>(memory + at); }
 static void open_mailbox(unsigned mailbox) { mailbox_at(dynamic_shared, mailbox) = {1, 0, 0}; }
 static void arrive(Mailbox &box, int reports, int bytes)

@@ -159,11 +159,14 @@ def test_the_order_of_blocks_does_not_change_a_bit(clusters: bool, seed: int) ->
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("cluster", [0, 1])
-def test_a_block_takes_several_segments_where_more_are_needed_than_usual(cluster: int, seed: int) -> None:
-    """LoRAs drawn unevenly need more segments than the grid is for; others leave segments without tokens."""
+@pytest.mark.parametrize(("cluster", "parts"), [(0, 4), (1, 4), (1, 7)])
+def test_a_block_takes_several_segments_where_more_are_needed_than_usual(cluster: int, parts: int, seed: int) -> None:
+    """LoRAs drawn unevenly need more segments than the grid is for; others leave segments without tokens.
+
+    Of a segment with few tokens, some of 7 parts add nothing and wait for nobody's sums.
+    """
     shape = Shape(45, 264, 12, (40, 70), 3, False)
-    config = {**SMALL, "CLUSTER": cluster}
+    config = {**SMALL, "CLUSTER": cluster, "PARTS": parts}
     for without, started in ((0, 1), (0, 2), (0, 5), (40, 3), (45, 1)):
         problem = Problem(shape, 8, without, seed)
         h = torch.full((2, shape.tokens, shape.rank), torch.nan)

@@ -17,7 +17,7 @@ from typing import Any
 
 import triton.language as tl
 
-from smbench_kernels import hardware, lora_decode_ops, model
+from smbench_kernels import hardware, lora_decode_wide, model
 from smbench_kernels.launch import SHARED_BYTES, Call, Workspace, ceil_div, jit, next_power_of_two
 from smbench_kernels.lora import Sizes, make_op
 from smbench_kernels.lora_tiles import expand_tile, place_in_group
@@ -199,7 +199,7 @@ def contenders(point: Point) -> list[Config]:
 
 
 KERNEL = OwnKernel(
-    OP, space, plan, workspace_sizes, call, expands=True, cuda=lora_decode_ops.EXPAND, contenders=contenders
+    OP, space, plan, workspace_sizes, call, expands=True, cuda=lora_decode_wide.EXPAND, contenders=contenders
 )
 TUNABLE = KERNEL.tunable
 default = KERNEL.default

@@ -33,6 +33,7 @@ from smbench_kernels.op import Config, UnsupportedPoint
 MOST_SLICES = 3
 MOST_CLUSTER = 16
 """Blocks of a cluster; above 8 a card may refuse, as an H200 does not."""
+WARP = 32
 FUSED_RANK = 64
 """Largest rank of the one launch."""
 
@@ -118,12 +119,20 @@ def shrink_launch(shape: Shape, config: Config) -> Launch:
         },
         grid=(parts * started, shape.slices * rank_blocks, 1),
         threads=32 * warps,
-        shared_bytes=warps * _warp_bytes(shape, config, tiles) + 2 * (16 * (quads + parts) + 8) * int(exchange),
+        shared_bytes=warps * _warp_bytes(shape, config, tiles) + (16 * _inbox(quads, parts) + 8) * int(exchange),
         cluster=parts if by_cluster else 1,
         dependent=shape.clusters,
         partials=slots * parts * quads * 4,
         counters=slots,
     )
+
+
+def _inbox(quads: int, parts: int) -> int:
+    """Quads that a block of a cluster may receive: those it owns, from every part (`Owners` of the source)."""
+    run = 1
+    while run < WARP and 2 * run * parts <= quads:
+        run *= 2
+    return ceil_div(quads, run * parts) * run * parts
 
 
 def expand_launch(shape: Shape, config: Config, *, ahead: bool = False) -> Launch:

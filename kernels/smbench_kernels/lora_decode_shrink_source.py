@@ -155,6 +155,29 @@ __device__ inline void find_tokens(int (&tokens)[GROUPS], const int *members, in
 """
 
 KERNEL = r"""
+/* Which block of a cluster adds which quads: neighbouring ones go to the same block, as many as a warp sends at
+   once, where there are as many for each, so that a warp's stores are one run in one block. */
+struct Owners {
+    int parts, run, turn, owned;
+    __device__ explicit Owners(int parts) : parts(parts)
+    {
+        run = 1;
+        while (run < WARP && 2 * run * parts <= QUADS)
+            run *= 2;
+        turn = run * parts;
+        owned = (QUADS + turn - 1) / turn * run;
+    }
+    __device__ int owner(int quad) const { return quad / run % parts; }
+    /* place among those of its owner, and the quad at one of its places */
+    __device__ int place(int quad) const { return quad / turn * run + quad % run; }
+    __device__ int quad(int part, int place) const { return place / run * turn + part * run + place % run; }
+    /* of the first so many quads, those of one block */
+    __device__ int of(int part, int quads) const
+    {
+        return quads / turn * run + min(run, max(0, quads % turn - part * run));
+    }
+};
+
 /* to `out`, or added to it: four ranks of one token, the first of them `rank`; `before` is what `out` held */
 __device__ inline void write_quad(float *out, const Four &total, const Four &before, float scale, int left)
 {
@@ -173,10 +196,11 @@ __device__ inline void write_quad(float *out, const Four &total, const Four &bef
 #endif
 }
 
-/* grid (parts * some number of segments, slices * rank_blocks): a block goes on to the segment so many further, which
-   costs nothing where there are none left. WARPS * WARP_BYTES of shared memory, with clusters two inboxes of QUADS +
-   parts quads and two mailboxes more. out [slices][tokens][rank]. Without clusters `partials` has QUADS * 4 floats for
-   each part of each segment and y of the grid, and `counters`, zero between launches, one for all of its parts. */
+/* grid (parts * some number of segments, slices * rank_blocks): a block goes on to the segment so many further,
+   which costs nothing where there are none left. WARPS * WARP_BYTES of shared memory, with clusters an inbox of parts
+   times the quads that a block owns and a mailbox more. out [slices][tokens][rank]. Without clusters `partials` has
+   QUADS * 4 floats for each part of each segment and y of the grid, and `counters`, zero between launches, one for
+   all of its parts. */
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 lora_shrink(float *out, float *partials, int *counters, const element *x, const element *a0, const element *a1,
             const element *a2, const int *segments, const int *members, float scale, int tokens_all, int segments_all,
@@ -184,22 +208,19 @@ lora_shrink(float *out, float *partials, int *counters, const element *x, const 
 {
     extern __shared__ __align__(128) unsigned char memory[];
 #if CLUSTERS
-    /* used in turns: a block may send sums of the next segment while another still reads those of this one */
-    Four *inboxes = reinterpret_cast<Four *>(memory + WARPS * WARP_BYTES);
-    const unsigned mailboxes = shared_address(inboxes + 2 * (QUADS + parts));
-    if (threadIdx.x == 0) {
-        open_mailbox(mailboxes);
-        open_mailbox(mailboxes + 8);
-    }
+    const Owners owners(parts);
+    Four *inbox = reinterpret_cast<Four *>(memory + WARPS * WARP_BYTES);
+    const unsigned mailbox = shared_address(inbox + parts * owners.owned);
+    if (threadIdx.x == 0)
+        open_mailbox(mailbox);
     cluster_arrive();
-    const int stride = parts, offset = blockIdx.x % parts;
 #else
     __shared__ int arrived;
-    const int stride = 1, offset = 0;
+    const Owners owners(1);
 #endif
     wait_for_previous();
     let_next_start();
-    const int part = blockIdx.x % parts;
+    const int part = blockIdx.x % parts, adds = CLUSTERS ? part : 0;
     const int slice = blockIdx.y / rank_blocks, first = blockIdx.y % rank_blocks * RANKS;
     const element *a = slice == 0 ? a0 : slice == 1 ? a1 : a2;
 
@@ -217,7 +238,7 @@ lora_shrink(float *out, float *partials, int *counters, const element *x, const 
         int row[OWNED];
 #pragma unroll
         for (int i = 0; i < OWNED; ++i) {
-            const int token = ((i * THREADS + threadIdx.x) * stride + offset) / ROW_QUADS;
+            const int token = owners.quad(adds, i * THREADS + threadIdx.x) / ROW_QUADS;
             row[i] = load_recent(members + segment * CHUNK + (token < CHUNK ? token : 0));
         }
         /* those behind it are surplus too */
@@ -228,7 +249,7 @@ lora_shrink(float *out, float *partials, int *counters, const element *x, const 
         int left[OWNED];
 #pragma unroll
         for (int i = 0; i < OWNED; ++i) {
-            const int quad = (i * THREADS + threadIdx.x) * stride + offset;
+            const int quad = owners.quad(adds, i * THREADS + threadIdx.x);
             const int token = quad / ROW_QUADS, r = first + quad % ROW_QUADS * 4;
             left[i] = 0;
             at[i] = out;
@@ -252,18 +273,16 @@ lora_shrink(float *out, float *partials, int *counters, const element *x, const 
         const int quads = work.count * ROW_QUADS;
 
 #if CLUSTERS
-        const int owned = (QUADS + parts - 1) / parts;
-        Four *inbox = inboxes + turn % 2 * (QUADS + parts);
-        const unsigned mailbox = mailboxes + turn % 2 * 8;
+        const int owned = owners.owned;
         if (threadIdx.x == 0)
-            announce(mailbox, (quads - part + parts - 1) / parts * parts * 16);
+            announce(mailbox, owners.of(part, quads) * parts * 16);
         /* the other blocks have started and opened their mailboxes */
         if (turn == 0)
             cluster_wait();
         for (int quad = threadIdx.x; quad < quads; quad += THREADS)
-            send(shared_address(inbox + part * owned + quad / parts), mailbox, quad % parts,
+            send(shared_address(inbox + part * owned + owners.place(quad)), mailbox, owners.owner(quad),
                  sum_of_warps(memory, quad).value);
-        wait_for_mail(mailbox, turn / 2 % 2);
+        wait_for_mail(mailbox, turn % 2);
 #pragma unroll
         for (int i = 0; i < OWNED; ++i) {
             if (left[i] > 0) {
@@ -317,7 +336,12 @@ lora_shrink(float *out, float *partials, int *counters, const element *x, const 
 #endif
         if (following[0] == 0)
             return;
+#if CLUSTERS
+        /* nobody sends sums of the next segment before all have added those of this one */
+        cluster_meet();
+#else
         __syncthreads();
+#endif
     }
 }
 """

@@ -119,6 +119,15 @@ __device__ inline void cluster_wait()
 #endif
 }
 
+/* every thread of the cluster, with all that it has read and written before */
+__device__ inline void cluster_meet()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
 /* A mailbox is 8 bytes of shared memory: it is full when the announced bytes have come, and then open for the next.
    One thread opens it, before cluster_arrive, and one announces the bytes of each turn. */
 __device__ inline void open_mailbox(unsigned mailbox)

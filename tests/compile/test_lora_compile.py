@@ -14,7 +14,7 @@ from smbench_kernels import configs, hardware, lora
 from smbench_kernels.compile import compile_for, resources
 from smbench_kernels.launch import Workspace
 from smbench_kernels.op import Config, Point, load
-from smbench_kernels.own import OwnKernel
+from smbench_kernels.own import KERNEL, OwnKernel
 
 CAPABILITIES = (80, 86, 89, 90)
 OPS = ("bgmv_shrink", "bgmv_expand", "sgmv_shrink", "sgmv_expand")
@@ -42,7 +42,10 @@ def point_of(name: str, batch: int, hidden: int, rank: int, dtype: str) -> Point
 
 
 def chosen(name: str, capability: int) -> Iterator[tuple[Point, Config]]:
-    """What is compiled for an operation and a capability: defaults, shipped configurations, a sample of the space."""
+    """What is compiled for an operation and a capability: defaults, shipped configurations, a sample of the space.
+
+    All of the portable kernels; those in CUDA C++ have files of their own.
+    """
     kernel = kernel_of(name)
     device = hardware.TYPICAL[capability]
     for point in (
@@ -54,7 +57,8 @@ def chosen(name: str, capability: int) -> Iterator[tuple[Point, Config]]:
         yield point, kernel.portable_config(point, device)
     for path in sorted(configs.ROOT.glob(f"*/{name}.json")):
         for entry in configs.load(path).entries:
-            yield entry.point, entry.config
+            if KERNEL not in entry.config:
+                yield entry.point, entry.config
     point = point_of(name, 16, 14336, 64, "float16")
     for config in random.sample(kernel.space(point), SAMPLE):
         yield point, config

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import triton
 
-from smbench_kernels import configs, hardware, lora_decode, lora_decode_space, nvrtc
+from smbench_kernels import configs, hardware, lora_decode, lora_decode_ops, lora_decode_space, nvrtc
 from smbench_kernels.lora_decode import Launch, Shape
+from smbench_kernels.lora_decode_ops import DecodeKernel
 from smbench_kernels.op import Config, Point, load
 from smbench_kernels.own import KERNEL, OwnKernel
 
@@ -80,14 +81,13 @@ def point_of(batch: int, hidden: int, rank: int) -> Point:
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("name", ["bgmv_shrink", "bgmv_expand"])
-def test_the_best_by_the_model_is_a_decode_kernel_and_compiles_ahead(name: str, capability: int) -> None:
-    kernel = load(f"smbench_kernels.{name}:KERNEL")
+@pytest.mark.parametrize("decode", [lora_decode_ops.SHRINK, lora_decode_ops.EXPAND], ids=["shrink", "expand"])
+def test_the_best_by_the_model_is_a_decode_kernel_and_compiles_ahead(decode: DecodeKernel, capability: int) -> None:
+    kernel: OwnKernel = load(f"smbench_kernels.bgmv_{'expand' if decode.expands else 'shrink'}:KERNEL")
     for point in (point_of(256, 14336, 64), point_of(3, 127, 5)):
         config = kernel.cuda_config(point, hardware.TYPICAL[capability])
-        assert kernel.cuda and config[KERNEL] == 2
-        launch = kernel.cuda.launch(kernel.cuda.shape(point, capability), config)
-        check(launch, capability)
+        assert config[KERNEL] == lora_decode_ops.NUMBER
+        check(decode.launch(decode.shape(point, capability), config), capability)
         assert kernel.tunable.precompile(point, config, capability) == kernel.binary(point, config)
 
 

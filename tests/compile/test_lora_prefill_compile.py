@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 
-from smbench_kernels import hardware, nvrtc
+from smbench_kernels import hardware, lora_decode_wide, nvrtc
 from smbench_kernels import lora_prefill_kernels as kernels
 from smbench_kernels.lora_prefill_kernels import Expand, Shrink
 from smbench_kernels.op import Point, load
@@ -78,3 +78,18 @@ def test_cards_get_what_they_can_run(name: str) -> None:
     odd = point_of(5, hidden=100)
     assert "TOKENS" not in kernel.default_config(odd, hardware.TYPICAL[kernels.CAPABILITY])
     assert all("TOKENS" not in config for config in kernel.tuning_space(odd))
+
+
+def test_many_tokens_of_one_lora_may_be_expanded_by_the_wide_kernel() -> None:
+    """On Hopper, where a LoRA has tokens enough; by default too, as far as the model likes it. Never elsewhere."""
+    kernel: OwnKernel = load("smbench_kernels.bgmv_expand:KERNEL")
+    few, many = ({**point_of(64), "seq_len": 1, "batch": 256, "num_loras": loras} for loras in (32, 1))
+    wide = [config for config in kernel.tuning_space(many) if config.get("KERNEL") == lora_decode_wide.NUMBER]
+    assert wide and not any(config.get("KERNEL") == lora_decode_wide.NUMBER for config in kernel.tuning_space(few))
+    for capability in hardware.TYPICAL:
+        for config in wide[:2]:
+            binary = kernel.tunable.precompile(many, config, capability)
+            assert binary == kernel.binary(many, config)
+    for capability, device in hardware.TYPICAL.items():
+        config = kernel.cuda_config(many, device)
+        assert capability == kernels.CAPABILITY or config["KERNEL"] != lora_decode_wide.NUMBER
