@@ -169,5 +169,5 @@ def test_a_torn_file_is_refused(tmp_path: Path) -> None:
 def test_shipped_files_are_where_their_device_looks() -> None:
     for path in configs.ROOT.glob("*/*.json"):
         tuned = configs.load(path)
-        assert configs.path_of(tuned.device, tuned.op) == path
+        assert configs.path_of(tuned.device, tuned.op, library=tuned.library) == path
         assert tuned.entries
