@@ -198,8 +198,26 @@ def contenders(point: Point) -> list[Config]:
     return sorted(small, key=lambda config: model.seconds(plan(point, config), h200))[:MOST_CONTENDERS]
 
 
+def preferred(point: Point) -> Config | None:
+    """For few tokens of a LoRA and small ranks as many blocks of 64 outputs and one warp as there may be, which is not
+    what the model likes best (NOTES.md)."""
+    sizes = Sizes.of(point)
+    if sizes.tokens == 1 or sizes.tokens > 4 * sizes.loras:
+        return None
+    small = [config for config in contenders(point) if config["BLOCK_N"] == 64 and config["num_warps"] == 1]
+    return max(small, key=lambda config: config["SPLIT_N"], default=None)
+
+
 KERNEL = OwnKernel(
-    OP, space, plan, workspace_sizes, call, expands=True, cuda=lora_decode_wide.EXPAND, contenders=contenders
+    OP,
+    space,
+    plan,
+    workspace_sizes,
+    call,
+    expands=True,
+    cuda=lora_decode_wide.EXPAND,
+    contenders=contenders,
+    preferred=preferred,
 )
 TUNABLE = KERNEL.tunable
 default = KERNEL.default

@@ -246,8 +246,23 @@ def contenders(point: Point) -> list[Config]:
     return sorted(found, key=lambda config: model.seconds(plan(point, config), h200))[:MOST_CONTENDERS]
 
 
+def preferred(point: Point) -> Config | None:
+    """For short rows, few tokens and small ranks the contender that the model likes best (NOTES.md)."""
+    sizes = Sizes.of(point)
+    found = contenders(point) if sizes.hidden <= 4096 and sizes.tokens * sizes.rank <= 512 else []
+    return found[0] if found else None
+
+
 KERNEL = OwnKernel(
-    OP, space, plan, workspace_sizes, call, expands=False, cuda=lora_decode_ops.SHRINK, contenders=contenders
+    OP,
+    space,
+    plan,
+    workspace_sizes,
+    call,
+    expands=False,
+    cuda=lora_decode_ops.SHRINK,
+    contenders=contenders,
+    preferred=preferred,
 )
 TUNABLE = KERNEL.tunable
 default = KERNEL.default

@@ -139,7 +139,9 @@ def _resident(config: Config, registers: int, shared_bytes: int, device: Mapping
     warps, parts = config["WARPS"], config.get("PARTS", 1)
     threads = int(device.get("threads_per_sm", 2048))
     shared = int(device.get("shared_bytes_per_sm", ROOM + 1024)) // (shared_bytes + 1024)
-    per_sm = max(1, min(65536 // (min(255, 56 + registers) * 32 * warps), shared, threads // (32 * warps)))
+    # fitted to what ptxas gives 36 configurations; registers are given out by eights
+    held = min(255, 8 * math.ceil((68 + 1.15 * registers) / 8))
+    per_sm = max(1, min(65536 // (held * 32 * warps), shared, threads // (32 * warps)))
     sms = int(device["sm_count"])
     if parts == 1 or not config.get("CLUSTER", 1):
         return max(1, sms * per_sm // parts)

@@ -13,7 +13,7 @@ from smbench_kernels.launch import ceil_div
 from smbench_kernels.lora_decode import Shape
 from smbench_kernels.lora_linear import LinearSizes
 from smbench_kernels.lora_plan import capacity
-from smbench_kernels.lora_prefill_kernels import Expand, Shrink
+from smbench_kernels.lora_prefill_kernels import COLUMNS, Expand, Shrink
 from smbench_kernels.op import Config, Point
 from smbench_kernels.own import KERNEL
 
@@ -27,6 +27,10 @@ PAIRS = 24
 """Configurations of shrink that a search tries."""
 OVERLAP_S = 1.3e-6
 """What the second of two launches saves by starting early: its launch and part of its first loads."""
+NEIGHBOURS = 4
+"""Tokens of a sequence from which most of its rows have neighbours."""
+BOX_S, ROWS_OF_WARP = 50e-9, 32
+"""Asking for a row of 64 columns by itself, and how many of a tile one warp asks for (an H200, NOTES-lora-prefill.md)."""
 PREFIX = "E_"
 FACTS = hardware.TYPICAL[90].facts()
 
@@ -136,6 +140,17 @@ def _prefill_space(sizes: LinearSizes) -> list[Config]:
 
 
 def _prefill_seconds(sizes: LinearSizes, config: Config, device: Mapping[str, float]) -> float:
-    problem = _problem(sizes)
-    shrink = lora_prefill_space.shrink_seconds(problem, config, device)
-    return shrink + lora_prefill_space.expand_seconds(problem, lora_prefill.expand_config(config), device) - OVERLAP_S
+    problem, shrink, expand = _problem(sizes), config, lora_prefill.expand_config(config)
+    sms = int(device["sm_count"])
+    # tokens that decode have no neighbours of the same LoRA: each of the warps that copy asks for their rows one by one
+    alone = sum(length for length in sizes.lengths if length < NEIGHBOURS)
+    each = ceil_div(alone, min(problem.used_loras, max(1, alone)))
+    rows_s = BOX_S * min(ROWS_OF_WARP, each)
+    tiles, cluster = problem.tiles(shrink["TOKENS"]), shrink["CLUSTER"]
+    rounds = ceil_div(tiles, max(1, sms * shrink["PER_SM"] // cluster))
+    asking_s = rows_s * ceil_div(sizes.hidden, COLUMNS * cluster) * rounds
+    shrink_s = max(lora_prefill_space.shrink_seconds(problem, shrink, device), asking_s)
+    scattered = min(tiles, problem.used_loras * ceil_div(each, shrink["TOKENS"]))
+    asking_s = rows_s * scattered * sum(sizes.outputs) / COLUMNS / (sms * expand["PER_SM"])
+    expand_s = max(lora_prefill_space.expand_seconds(problem, expand, device), asking_s)
+    return shrink_s + expand_s - OVERLAP_S

@@ -50,6 +50,10 @@ def _none(_point: Point) -> list[Config]:
     return []
 
 
+def _nothing(_point: Point) -> Config | None:
+    return None
+
+
 @dataclass(frozen=True, eq=False)
 class OwnKernel:
     """What the module of a kernel provides."""
@@ -67,6 +71,8 @@ class OwnKernel:
     cuda: CudaKernel | None = None
     contenders: Callable[[Point], list[Config]] = _none
     """Configurations of the portable kernel that may be faster than the CUDA kernels' where these run."""
+    preferred: Callable[[Point], Config | None] = _nothing
+    """The one of them that was measured to be faster than the CUDA kernels' best at such points, if any."""
 
     def default(self, point: Point, inputs: Inputs) -> Prepared:
         """Provider `smbench`: the configuration that the time model ranks first for this device."""
@@ -80,9 +86,13 @@ class OwnKernel:
         return self.binding(point, inputs)(config, source)
 
     def default_config(self, point: Point, device: Hardware) -> Config:
-        """The configuration with the least modelled time; the first of equals. The CUDA kernels' where they are due."""
-        due = self.cuda is not None and self.cuda.takes(point, device.capability)
-        return self.cuda_config(point, device) if due else self.portable_config(point, device)
+        """The configuration with the least modelled time, the first of equals; the CUDA kernels' where they run.
+
+        `preferred` goes before these: the two models are not so exact that their times could be compared.
+        """
+        if self.cuda is None or not self.cuda.takes(point, device.capability):
+            return self.portable_config(point, device)
+        return self.preferred(point) or self.cuda_config(point, device)
 
     def cuda_config(self, point: Point, device: Hardware) -> Config:
         """The CUDA kernels' configuration with the least modelled time. ValueError where they take no such point."""
