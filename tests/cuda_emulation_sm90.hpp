@@ -228,6 +228,14 @@ static void store_global(element *to, unsigned from)
         std::abort();
     std::memcpy(to, shared_at(from), 16);
 }
+static void store_matrices(unsigned to, const unsigned (&from)[4])
+{
+    publish(0, to);
+    __syncwarp();
+    for (int matrix = 0; matrix < 4; ++matrix)
+        put_shared(read_of<unsigned>(matrix * 8 + lane() / 4, 0) + static_cast<unsigned>(lane() % 4) * 4, from[matrix]);
+    __syncwarp();
+}
 static int __popc(unsigned bits) { return __builtin_popcount(bits); }
 static void store_two(unsigned to, float a, float b) { put_shared(to, float2{a, b}); }
 static void unpacked(unsigned both, float &low, float &high)
@@ -257,11 +265,25 @@ template <int N> static void ask_product(float (&sums)[N], word64 a, word64 b, b
         groups.emplace_back();
     groups.back().push_back({sums, N, a, b, add});
 }
+template <int N> static void multiply(float (&sums)[N], word64 a, word64 b, int add) { ask_product(sums, a, b, add); }
 template <int N> static void multiply(float (&sums)[N], word64 a, word64 b) { ask_product(sums, a, b, false); }
 template <int N> static void multiply_add(float (&sums)[N], word64 a, word64 b) { ask_product(sums, a, b, true); }
 static void commit_products() { products[current].emplace_back(); }
+// bit 61, which the hardware does not read, says that an operand is read along its rows
+constexpr word64 ALONG_ROWS = 1ull << 61;
+template <int ROWS> static word64 by_rows(unsigned tile)
+{
+    return 1ull << 62 | ALONG_ROWS | 64ull << 32 | static_cast<word64>(ROWS * 128 / 16) << 16 | (tile & 0x3ffff) >> 4;
+}
+static word64 rows_at(int k) { return static_cast<word64>(k * (16 * 128 / 16)); }
 static float operand(word64 descriptor, int row, int k)
 {
+    if (descriptor & ALONG_ROWS) {
+        const unsigned start = block_in_cluster() << BLOCK_BITS | static_cast<unsigned>(descriptor & 0x3fff) << 4;
+        const unsigned chunk = static_cast<unsigned>(descriptor >> 16 & 0x3fff) * 16 * (static_cast<unsigned>(row) / 64);
+        const unsigned plain = start + chunk + static_cast<unsigned>(k) * 128 + static_cast<unsigned>(row) % 64 * 2;
+        return widened(shared_value<element>(swizzled(plain, 128)));
+    }
     const unsigned kind = static_cast<unsigned>(descriptor >> 62), line = kind == 1 ? 128 : kind == 2 ? 64 : 32;
     if (kind == 0 || (descriptor >> 32 & 0x3fff) * 16 != line * 8)
         std::abort();

@@ -1,9 +1,10 @@
 """The HSTU layer's linear maps with what follows each: bias, SiLU, residual. Owns grids, launches and the choice.
 
-Device code is in `hstu_linear_kernel`. Weights are [in, out] and may be a range of columns of a wider one. Products
-whose epilogue a library has (bias) are the library's. For the two others, `SILU_ROUTES` and `RESIDUAL_ROUTES` say per
-compute capability what is fastest there; a capability that is not in them takes the library with a pass of its own.
-The functions wait for nothing and can be captured in a CUDA graph.
+Device code is in `hstu_linear_kernel`; for inference on Hopper there are kernels of another kind in `hstu_linear_sm90`.
+Weights are [in, out] and may be a range of columns of a wider one. Products whose epilogue a library has (bias) are the
+library's. For the two others, `SILU_ROUTES` and `RESIDUAL_ROUTES` say per compute capability what is fastest there; a
+capability that is not in them takes the library with a pass of its own. The functions wait for nothing and can be
+captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from smbench_kernels import hstu_norm
+from smbench_kernels import hstu_linear_sm90, hstu_norm
 from smbench_kernels.hstu_linear_kernel import linear_persistent, linear_tiled, silu_backward, silu_forward
 from smbench_kernels.launch import Call, ceil_div
 from smbench_kernels.op import Config
@@ -77,8 +78,12 @@ def partly_activated(
 ) -> torch.Tensor:
     """`x @ weight + bias`, SiLU applied to the columns from `first` on; contiguous. `way` as in `activated`.
 
-    For inference: nothing is kept, and few rows get tiles of their own (`for_rows`, or `config`).
+    For inference: nothing is kept. Without `way` and `config` by the kernel for Hopper where it takes the tensors; that
+    one reads weight and bias before the kernel in front has ended. Else few rows get tiles of their own (`for_rows`, or
+    `config`).
     """
+    if way is None and config is None and hstu_linear_sm90.unsupported(x, weight, bias, None, first) is None:
+        return hstu_linear_sm90.partly_activated(x, weight, bias, first)
     way = _checked(way or route(SILU_ROUTES, x.device))
     if way == "library" or not describable(x, weight):
         y = biased(x, weight, bias)
@@ -103,6 +108,16 @@ def added(
     y = x.new_empty((x.shape[0], weight.shape[1]))
     _launch_product(x, weight, None, residual, None, y, False, way, config or PERSISTENT)
     return y
+
+
+def completed(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """What `added` returns, for inference: by the kernel for Hopper where it takes the tensors, else by `for_rows`.
+
+    That kernel reads the weight before the kernel in front has ended.
+    """
+    if hstu_linear_sm90.unsupported(x, weight, None, residual) is None:
+        return hstu_linear_sm90.added(x, weight, residual)
+    return added(x, weight, residual, config=for_rows(x, weight))
 
 
 def for_rows(x: torch.Tensor, weight: torch.Tensor) -> Config:

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import torch
 
-from smbench_kernels import hardware
+from smbench_kernels import hardware, hstu_norm_sm90
 from smbench_kernels.hardware import Hardware
 from smbench_kernels.hstu_norm_kernel import (
     dropout_mask,
@@ -68,6 +68,23 @@ def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: floa
     stats = torch.empty((2, x.shape[0]), dtype=torch.float32, device=x.device)
     launch(forward_call(x, weight, bias, y, stats, eps, again=False))
     return y, stats
+
+
+def normed(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """What `forward` returns first, for inference: by the kernel for Hopper where it takes the tensors, else Triton's.
+
+    That kernel reads weight and bias before the kernel in front has ended.
+    """
+    if hstu_norm_sm90.unsupported(x, None, weight, bias) is None:
+        return hstu_norm_sm90.forward(x, None, weight, bias, eps)
+    return forward(x, weight, bias, eps)[0]
+
+
+def gated(x: torch.Tensor, u: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
+    """What `gate` returns first without dropout, for inference, as `normed`."""
+    if hstu_norm_sm90.unsupported(x, u, weight, bias) is None:
+        return hstu_norm_sm90.forward(x, u, weight, bias, eps)
+    return gate(x, u, weight, bias, eps, None)[0]
 
 
 def forward_again(
