@@ -22,6 +22,8 @@ import torch
 
 from smbench_kernels import (
     hstu_attention_sm90_schedule,
+    hstu_block,
+    hstu_launches,
     hstu_paged_attention,
     hstu_paged_sm90,
     hstu_paged_sm90_schedule,
@@ -33,7 +35,7 @@ from smbench_kernels.hstu_paged_sm90_kernel import KERNEL
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 compiled = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler: neither g++ nor clang++")
-TILE, STRIP, MOST_PIECES = 64, 128, 1 << 16
+TILES, STRIP, MOST_PIECES = (32, 64), 128, 1 << 16
 
 HARNESS = r"""
 #include <algorithm>
@@ -87,17 +89,17 @@ extern "C" int token(int tile, int box, int cached) { return Boxes::token(tile, 
 FIELDS = 10
 
 
-def built(folder: Path, page_size: int) -> ctypes.CDLL:
+def built(folder: Path, page_size: int, tile: int) -> ctypes.CDLL:
     code, library = folder / "paged.cpp", folder / "paged.so"
     code.write_text(HARNESS % (hstu_attention_sm90_schedule.SOURCE + hstu_paged_sm90_schedule.SOURCE))
-    macros = [f"-DTILE={TILE}", f"-DPAGE={page_size}"]
+    macros = [f"-DTILE={tile}", f"-DPAGE={page_size}"]
     subprocess.run([str(COMPILER), "-std=c++17", "-O1", "-shared", "-fPIC", *macros, "-o", library, code], check=True)
     return ctypes.CDLL(str(library))
 
 
-@pytest.fixture(scope="module")
-def schedule(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return built(tmp_path_factory.mktemp("schedule"), 32)
+@pytest.fixture(scope="module", params=TILES)
+def schedule(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> ctypes.CDLL:
+    return built(tmp_path_factory.mktemp("schedule"), 32, request.param)
 
 
 Step = Sequence[tuple[int, int, int]]
@@ -203,18 +205,19 @@ def test_the_documents_steps_keep_all_multiprocessors_at_work(schedule: ctypes.C
 
 
 @compiled
+@pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("page_size", hstu_paged_sm90.PAGE_SIZES)
-def test_boxes_hold_each_cached_token_once_and_no_other(page_size: int, tmp_path: Path) -> None:
-    library = built(tmp_path, page_size)
-    rows = min(page_size, TILE)
+def test_boxes_hold_each_cached_token_once_and_no_other(page_size: int, tile: int, tmp_path: Path) -> None:
+    library = built(tmp_path, page_size, tile)
+    rows = min(page_size, tile)
     for cached in (0, 1, 15, 16, 17, 63, 64, 65, 100, 127, 128, 129, 191, 193, 256, 300):
         found = []
-        for tile in range(-(-cached // TILE)):
-            for box in range(TILE // rows):
-                first = library.token(tile, box, cached)
+        for index in range(-(-cached // tile)):
+            for box in range(tile // rows):
+                first = library.token(index, box, cached)
                 # what lies outside of the page is filled with zeros
                 inside = range(max(0, first), min(page_size, first + rows))
-                found += [library.page(tile, box) * page_size + token for token in inside]
+                found += [library.page(index, box) * page_size + token for token in inside]
         assert sorted(found) == list(range(cached))
 
 
@@ -275,51 +278,91 @@ def kind(parameter: str) -> str:
 
 
 def passed(argument: object) -> str:
-    if isinstance(argument, torch.Tensor):
+    if isinstance(argument, ctypes.c_uint64):
         return "pointer"
     if isinstance(argument, ctypes.Array):
         return "map"
     return "long" if isinstance(argument, ctypes.c_int64) else type(argument).__name__
 
 
-@pytest.mark.usefixtures("hopper")
-def test_the_kernel_gets_the_parameters_that_it_declares(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver takes an address a parameter and believes the kernel about what is there."""
-    launched: list[list[Any]] = []
+class Launched:
+    """Takes the place of the compiled kernel and keeps what it is launched with."""
 
-    class Kernel:
-        def launcher(self, grid: object, threads: int, shared: int, arguments: list[Any]) -> Callable[[], None]:
-            del grid, threads
-            # what a block of Hopper can have, less what the kernel declares by itself
-            assert shared <= 227 * 1024 - 600
-            return lambda: launched.append(arguments)
+    def __init__(self) -> None:
+        self.arguments: list[list[Any]] = []
+        self.dependent: list[bool] = []
 
-    some_map = (ctypes.c_char * 128)()
-    monkeypatch.setattr(hstu_paged_sm90, "compiled", lambda *_: Kernel())
+    def launcher(
+        self, grid: object, threads: int, shared: int, arguments: list[Any], *, dependent: bool
+    ) -> Callable[[], None]:
+        del grid, threads
+        # what a block of Hopper can have, less what the kernel declares by itself
+        assert shared <= 227 * 1024 - 600
+
+        def run() -> None:
+            self.arguments.append(arguments)
+            self.dependent.append(dependent)
+
+        return run
+
+
+@pytest.fixture
+def launched(hopper: None, monkeypatch: pytest.MonkeyPatch) -> Launched:
+    """Nothing is compiled, encoded or launched."""
+    del hopper
+    some_map, kernel = (ctypes.c_char * 128)(), Launched()
+    monkeypatch.setattr(hstu_paged_sm90, "compiled", lambda *_: kernel)
     monkeypatch.setattr(hstu_paged_sm90, "tensor_map", lambda *_: some_map)
     monkeypatch.setattr(hstu_paged_sm90, "page_map", lambda *_: some_map)
     monkeypatch.setattr(hstu_paged_sm90, "_blocks", lambda _: 132)
-    # nothing is compiled here
     monkeypatch.setattr(nvrtc, "_nvrtc", lambda: None)
+    monkeypatch.setattr(hstu_launches, "_KEPT", {})
+    return kernel
+
+
+@pytest.mark.parametrize("max_rows", [384, 4352])
+def test_the_kernel_gets_the_parameters_that_it_declares(launched: Launched, max_rows: int) -> None:
+    """The driver takes an address a parameter and believes the kernel about what is there."""
     q, cache, batch = tensors()
     none = torch.empty(0)
     room = hstu_paged_sm90.Workspace(none, none)
-    hstu_paged_sm90.attend(q, q, q, cache, batch, 1.0, torch.empty_like(q), appends=True, workspace=room)
-    assert [passed(argument) for argument in launched[0]] == declared()
+    some_rows = replace(batch, max_rows=max_rows)
+    hstu_paged_sm90.attend(q, q, q, cache, some_rows, 1.0, torch.empty_like(q), appends=True, workspace=room)
+    assert [passed(argument) for argument in launched.arguments[0]] == declared()
 
 
-@pytest.mark.parametrize(("max_rows", "launches"), [(384, ["appends and attends"]), (4352, ["append", "attends"])])
-def test_many_rows_are_appended_by_a_launch_of_their_own(
-    max_rows: int, launches: list[str], monkeypatch: pytest.MonkeyPatch
+def test_a_launch_is_made_once_for_the_same_tensors(launched: Launched) -> None:
+    """And not for others, whatever the difference is."""
+    (q, cache, batch), out = tensors(), torch.zeros(9, 2, 256, dtype=torch.bfloat16)
+    room = hstu_paged_sm90.Workspace(torch.empty(1), torch.empty(1))
+
+    def attend(q: torch.Tensor = q, batch: PagedBatch = batch, alpha: float = 1.0, **others: Any) -> int:
+        chosen = {"appends": True, "workspace": room, "dependent": False, **others}
+        hstu_paged_sm90.attend(q, q, q, cache, batch, alpha, out, **chosen)
+        return id(launched.arguments[-1])
+
+    first = attend()
+    assert attend() == first
+    changed = [
+        attend(q=torch.zeros_like(q)),
+        attend(alpha=0.5),
+        attend(appends=False),
+        attend(dependent=True),
+        attend(batch=replace(batch, totals=batch.totals.clone())),
+        attend(batch=replace(batch, max_seqlen=batch.max_seqlen + 1)),
+        attend(workspace=hstu_paged_sm90.Workspace(torch.empty(1), torch.empty(1))),
+    ]
+    assert len({first, *changed}) == len(changed) + 1
+    assert launched.dependent == [False] * 5 + [True] + [False] * 3
+
+
+def test_the_block_lets_attention_begin_before_its_product_has_ended(
+    launched: Launched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[str] = []
-
-    def attend(*_: object, appends: bool, **__: object) -> None:
-        made.append("appends and attends" if appends else "attends")
-
-    monkeypatch.setattr(hstu_paged_sm90, "supports", lambda *_: None)
-    monkeypatch.setattr(hstu_paged_sm90, "attend", attend)
-    monkeypatch.setattr(hstu_paged_attention, "append", lambda *_: made.append("append"))
+    """And one launch appends and attends."""
+    appended: list[object] = []
+    monkeypatch.setattr(hstu_paged_attention, "append", appended.append)
     q, cache, batch = tensors()
-    hstu_paged_attention.append_and_attend(q, q, q, cache, replace(batch, max_rows=max_rows), 1.0)
-    assert made == launches
+    room = hstu_paged_sm90.Workspace(torch.empty(1), torch.empty(1))
+    hstu_block._over_pages(cache, batch, 1.0, room)(q, q, q)
+    assert launched.dependent == [True] and not appended

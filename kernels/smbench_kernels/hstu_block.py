@@ -65,20 +65,20 @@ def layer_by_kernels(x: torch.Tensor, params: Parameters, shape: Shape, attend: 
     """`hstu.layer_around` by our kernels, without dropout, keeping nothing for a backward pass."""
     width, heads = shape.width, (shape.heads, shape.head_dim)
     weight, bias = params["uvqk_weight"], params["uvqk_bias"]
-    normed, _ = norm.forward(x, params["norm_weight"], params["norm_bias"], EPS)
+    normed = norm.normed(x, params["norm_weight"], params["norm_bias"], EPS)
     # the gate's kernel applies SiLU to u itself
     uvqk = linear.partly_activated(normed, weight, bias, first=width)
     u, *vqk = uvqk.split(width, dim=1)
     v, q, k = (part.unflatten(1, heads) for part in vqk)
     attended = attend(q, k, v).flatten(1)
-    gated, _ = norm.gate(attended, u, params["out_norm_weight"], params["out_norm_bias"], EPS, None)
-    out_weight = params["out_weight"]
-    return linear.added(gated, out_weight, x, config=linear.for_rows(gated, out_weight))
+    gated = norm.gated(attended, u, params["out_norm_weight"], params["out_norm_bias"], EPS)
+    return linear.completed(gated, params["out_weight"], x)
 
 
 def _over_pages(cache: torch.Tensor, batch: PagedBatch, alpha: float, workspace: Workspace | None) -> Attend:
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return paged.append_and_attend(q, k, v, cache, batch, alpha, workspace)
+        # in front is the product of q, k and v, which writes no length
+        return paged.append_and_attend(q, k, v, cache, batch, alpha, workspace, dependent=True)
 
     return attend
 

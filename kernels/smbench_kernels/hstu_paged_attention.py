@@ -72,19 +72,20 @@ def append_and_attend(
     batch: PagedBatch,
     alpha: float,
     workspace: hstu_paged_sm90.Workspace | None = None,
+    *,
+    dependent: bool = False,
 ) -> torch.Tensor:
-    """`append`, then `attend`: by the kernel that the card, the dtype and the head's width have, else by Triton.
+    """`append`, then `attend`: by one kernel where the card, the dtype and the head's width have it, else by Triton.
 
-    That kernel appends as well, beside its products, where rows are few; many rows would outlast them.
+    `dependent`: the kernel in front does not write the batch's lengths, so that this one may begin before it has ended.
     """
-    fitting = alpha > 0 and hstu_paged_sm90.supports(q, k, v, cache, batch) is None
-    appends = fitting and batch.max_rows <= hstu_paged_sm90.MOST_ROWS_TO_APPEND
-    if not appends:
-        append(cache, k, v, batch)
-    if not fitting:
-        return attend(q, k, v, cache, batch, alpha)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    return hstu_paged_sm90.attend(q, k, v, cache, batch, alpha, out, appends=appends, workspace=workspace)
+    if alpha > 0 and hstu_paged_sm90.supports(q, k, v, cache, batch) is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        return hstu_paged_sm90.attend(
+            q, k, v, cache, batch, alpha, out, appends=True, workspace=workspace, dependent=dependent
+        )
+    append(cache, k, v, batch)
+    return attend(q, k, v, cache, batch, alpha)
 
 
 def append(cache: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: PagedBatch) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
 from smbench_kernels import (
     hardware,
     hstu_attention_sm90_primitives,
+    hstu_launches,
     hstu_paged_sm90_copies,
     hstu_paged_sm90_schedule,
     hstu_paged_sm90_sums,
@@ -29,12 +31,11 @@ from smbench_kernels.hstu_paged_sm90_schedule import MOST_USERS
 
 STRIP = 128
 """Rows of queries that a thread block keeps."""
-DEFAULT = Stream(64, 3, 2)
+MANY, FEW = Stream(64, 3, 2), Stream(32, 5, 5)
+MOST_FEW_ROWS = 384
+"""Of a sequence, up to which tiles are small: 95.5 us instead of 102.9 where pages have most keys (H200, batch 8)."""
 PAGE_SIZES = (16, 32, 64, 128)
 """Those that divide a tile, or that a tile divides."""
-MOST_ROWS_TO_APPEND = 640
-"""Of a sequence. One warp of a thread block appends, which the products of 128 new rows and 256 candidates over a long
-history hide; where 4096 rows are new it takes twice as long as they do (deduced from times on an H200)."""
 NAME = "hstu_paged"
 
 
@@ -101,14 +102,16 @@ def attend(
     *,
     appends: bool,
     workspace: Workspace | None = None,
-    config: Stream = DEFAULT,
+    dependent: bool = False,
+    config: Stream | None = None,
 ) -> torch.Tensor:
     """`hstu_paged.append_reference`, if it `appends`, and `paged_attention_reference` in float16 or bfloat16.
 
     q, k, v, out [rows, heads, 256], rows and heads at multiples of 16 bytes; cache [pages, 2, page_size, heads, 256],
     contiguous; alpha is positive. Of the pages only tokens from before the step are read. Returns `out`, whose rows
-    of no sequence are not written. `workspace` is for callers that have one: making it is a launch more. ValueError
-    where a tensor does not fit.
+    of no sequence are not written. `workspace` is for callers that have one: making it is a launch more. A `dependent`
+    launch may begin before the kernel in front of it has ended, which must not be what writes the batch's lengths
+    (programmatic dependent launch). ValueError where a tensor does not fit.
     """
     fault = supports(q, k, v, cache, batch) or unaligned(out)
     if fault or not alpha > 0:
@@ -116,17 +119,54 @@ def attend(
     if q.shape[0] == 0:
         return out
     room = Workspace.on(q.device) if workspace is None else workspace
+    config = stream_for(batch.max_rows) if config is None else config
+    tensors = (q, k, v, out, cache, *_sequences(batch), room.sums, room.counters)
+    scalars = (alpha, batch.max_seqlen, batch.page_size, appends, dependent)
+    key = (NAME, config, q.dtype, *scalars, *map(_identity, tensors))
+    hstu_launches.run(key, lambda: _launch(q, k, v, cache, batch, alpha, out, room, appends, dependent, config))
+    return out
+
+
+def stream_for(max_rows: int) -> Stream:
+    """How keys and values are streamed past sequences of up to so many rows."""
+    return FEW if max_rows <= MOST_FEW_ROWS else MANY
+
+
+def _sequences(batch: PagedBatch) -> tuple[torch.Tensor, ...]:
+    return batch.offsets, batch.num_targets, batch.totals, batch.page_offsets, batch.page_ids
+
+
+def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """All that a launch knows of a tensor of a known dtype."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device
+
+
+def _launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: torch.Tensor,
+    batch: PagedBatch,
+    alpha: float,
+    out: torch.Tensor,
+    room: Workspace,
+    appends: bool,
+    dependent: bool,
+    config: Stream,
+) -> hstu_launches.Launch:
+    """What `attend` launches; passes addresses alone, which keep no tensor alive."""
     rows = min(config.tile, batch.page_size)
     maps = [tensor_map(q, STRIP), tensor_map(k, config.tile), tensor_map(v, config.tile), page_map(cache, rows)]
-    sequences = (batch.offsets, batch.num_targets, batch.totals, batch.page_offsets, batch.page_ids)
+    tensors = (out, k, v, cache, *_sequences(batch), room.sums, room.counters)
     strides = (ctypes.c_int64(stride) for x in (out, k, v) for stride in x.stride()[:2])
     arguments = [
-        *(*maps, out, k, v, cache, *sequences, room.sums, room.counters, *strides),
+        *(*maps, *(ctypes.c_uint64(tensor.data_ptr()) for tensor in tensors), *strides),
         *(batch.batch, q.shape[1], alpha / 2, 1.0 / batch.max_seqlen, int(appends)),
     ]
     kernel = compiled(config, batch.page_size, q.dtype, q.device)
-    kernel.launcher((_blocks(q.device), 1, 1), THREADS, shared_bytes(config), arguments)()
-    return out
+    grid = (_blocks(q.device), 1, 1)
+    made: hstu_launches.Launch = kernel.launcher(grid, THREADS, shared_bytes(config), arguments, dependent=dependent)
+    return made
 
 
 @lru_cache(maxsize=8)

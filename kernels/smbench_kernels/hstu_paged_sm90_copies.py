@@ -20,6 +20,10 @@ __device__ inline Four load_four(const Four *from)
     return found;
 }
 
+/* the launch in front has ended, and what it wrote is there; the next one may start */
+__device__ inline void await_launch_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ inline void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 /* rows of one head from a page, chunk by chunk; coordinates (column, head, token, page and half) */
 __device__ inline void copy_box(unsigned to, const TensorMap &map, int head, int token, int half, unsigned barrier)
 {
@@ -111,6 +115,9 @@ __device__ inline void stream(const Ring<TILE, DEPTH> &ring, const Shares &share
     }
 }
 
+/* heads of a row that are loaded before any is stored: a store would have the next load wait */
+constexpr int HEADS_IN_FLIGHT = 4;
+
 /* one warp of each thread block: keys and values of new history to their pages */
 __device__ inline void append(const Users &users, int heads, const element *k, const element *v, element *cache,
                               long long k_row, long long k_head, long long v_row, long long v_head,
@@ -123,12 +130,19 @@ __device__ inline void append(const Users &users, int heads, const element *k, c
         for (int i = blockIdx.x; i < 2 * rows.history_end; i += gridDim.x) {
             const int row = i / 2, half = i % 2, token = cached + row;
             const int page = page_ids[page_offsets[user] + token / PAGE];
-            const element *from = half ? v + (rows.start + row) * v_row : k + (rows.start + row) * k_row;
-            element *to = cache + ((page * 2ll + half) * PAGE + token % PAGE) * heads * HEAD_DIM;
-            for (int head = 0; head < heads; ++head) {
-                const Four four = load_four(
-                    reinterpret_cast<const Four *>(from + head * (half ? v_head : k_head) + lane * 8));
-                *reinterpret_cast<Four *>(to + head * HEAD_DIM + lane * 8) = four;
+            const element *from = (half ? v + (rows.start + row) * v_row : k + (rows.start + row) * k_row) + lane * 8;
+            element *to = cache + ((page * 2ll + half) * PAGE + token % PAGE) * heads * HEAD_DIM + lane * 8;
+            const long long head_stride = half ? v_head : k_head;
+            for (int first = 0; first < heads; first += HEADS_IN_FLIGHT) {
+                Four found[HEADS_IN_FLIGHT];
+#pragma unroll
+                for (int h = 0; h < HEADS_IN_FLIGHT; ++h)
+                    if (first + h < heads)
+                        found[h] = load_four(reinterpret_cast<const Four *>(from + (first + h) * head_stride));
+#pragma unroll
+                for (int h = 0; h < HEADS_IN_FLIGHT; ++h)
+                    if (first + h < heads)
+                        *reinterpret_cast<Four *>(to + (first + h) * HEAD_DIM) = found[h];
             }
         }
     }

@@ -89,6 +89,9 @@ hstu_paged(const __grid_constant__ TensorMap queries, const __grid_constant__ Te
     if (warp == 0)
         share_out(shares, users, heads);
     meet_all();
+    /* before this line nothing depends on the launch in front but lengths, which it must not write */
+    await_launch_before();
+    let_next_start();
 
     if (group == 0) {
         fewer_registers<40>();
@@ -226,7 +229,10 @@ hstu_paged(const __grid_constant__ TensorMap queries, const __grid_constant__ Te
                 store_rows(out + rows.start * out_row + piece.head * out_head, out_row, group_row, rows.length, sums,
                            out_scale, staging);
                 publish();
+                q_ring.free(q_at);
             } else {
+                /* the next queries may come while these sums leave */
+                q_ring.free(q_at);
                 Four *to = sums_of_all + place_of(blockIdx.x, piece.number) + thread;
 #pragma unroll
                 for (int p = 0; p < PARTS; ++p)
@@ -236,7 +242,6 @@ hstu_paged(const __grid_constant__ TensorMap queries, const __grid_constant__ Te
                 if (thread == 0)
                     atomicAdd(counters + piece.first, 1);
             }
-            q_ring.free(q_at);
             q_at.step();
         }
         for (Walk walk(shares, blockIdx.x, gridDim.x); walk.more(); walk.step()) {

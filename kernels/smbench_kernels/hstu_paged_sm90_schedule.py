@@ -22,7 +22,7 @@ SOURCE = r"""
 constexpr int STRIP = 128, MOST_USERS = 128;
 /* lanes have at least so many tiles; what adding up costs, in tiles; sharers whose sums one of them gathers; heads of
    all users whose keys are read at a time where strips are whole: of 4096 tokens each, 8 of them take 33 MB */
-constexpr int FEWEST_TILES = 4, CUT_COST = 8, FEW = 3, HEADS_AT_ONCE = 8;
+constexpr int FEWEST_TILES = 4, CUT_COST = 8, FEW = 4, HEADS_AT_ONCE = 8;
 
 /* users of a step: rows of new history and candidates, and how much history there is in all */
 struct Users {

@@ -11,15 +11,18 @@ import torch
 import triton
 
 from smbench_kernels import hardware, hstu_paged_sm90, nvrtc
-from smbench_kernels.hstu_attention_sm90_kernels import FEATURES
+from smbench_kernels.hstu_attention_sm90_kernels import FEATURES, Stream
 
 HOPPER = 90
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("page_size", hstu_paged_sm90.PAGE_SIZES)
-def test_the_kernel_compiles_without_spilling(page_size: int, tmp_path: Path) -> None:
-    config, cubin = hstu_paged_sm90.DEFAULT, tmp_path / "kernel.cubin"
+@pytest.mark.parametrize(
+    ("page_size", "config"),
+    [(16, hstu_paged_sm90.MANY), (32, hstu_paged_sm90.FEW), (64, hstu_paged_sm90.MANY), (128, hstu_paged_sm90.FEW)],
+)
+def test_the_kernel_compiles_without_spilling(page_size: int, config: Stream, tmp_path: Path) -> None:
+    cubin = tmp_path / "kernel.cubin"
     dtype = torch.float16 if page_size == 64 else torch.bfloat16
     macros = hstu_paged_sm90.macros(config, page_size, dtype)
     source = hstu_paged_sm90.source(config.tile)
@@ -29,6 +32,8 @@ def test_the_kernel_compiles_without_spilling(page_size: int, tmp_path: Path) ->
     assert "STACK:0" in dump
     # pages and own rows by tensor maps, products by warpgroups, registers moved to those that multiply
     assert "UTMALDG.4D" in dump and "UTMALDG.3D" in dump and "USETMAXREG" in dump
+    # it waits for the launch in front, and lets the next one start
+    assert "ACQBULK" in dump and "PREEXIT" in dump
     # before, in and after the loop: scores, scores and sums, sums
     assert dump.count("HGMMA") == 2 * 256 // 16 + 2 * config.tile // 16
     # ptxas waits after each product where it cannot tell that registers are left alone
