@@ -27,10 +27,11 @@ from smbench_kernels.registry import op as find_op
 
 pytestmark = pytest.mark.gpu
 SHAPE = hstu.Shape(embedding=256, heads=2, head_dim=64)
-SIZES = Sizes(layers=3, heads=2, head_dim=64, page_size=32, dtype=torch.bfloat16)
+# more layers than are copied ahead
+SIZES = Sizes(layers=4, heads=2, head_dim=64, page_size=32, dtype=torch.bfloat16)
 LONGEST = 768
 ROUNDING = 2e-2
-"""Relative, of three layers in bfloat16."""
+"""Relative, of four layers in bfloat16."""
 
 
 def device() -> torch.device:
@@ -162,9 +163,11 @@ def test_hopper_appends_and_attends_in_one_launch(case: str, dtype: torch.dtype,
     workspace = hstu_paged_sm90.Workspace.on(device())
     workspace.sums.fill_(torch.nan)
     found = []
-    for appends in (True, True, False):
+    for appends, dependent in ((True, False), (True, True), (False, False)):
         out = torch.full((rows + 70, heads + 1, head_dim), 7.0, dtype=dtype, device=device())
-        hstu_paged_sm90.attend(q, k, v, cache, batch, 1 / 16, out[:, 1:], appends=appends, workspace=workspace)
+        hstu_paged_sm90.attend(
+            q, k, v, cache, batch, 1 / 16, out[:, 1:], appends=appends, workspace=workspace, dependent=dependent
+        )
         found.append(out)
         assert int(workspace.counters.abs().sum()) == 0
     torch.testing.assert_close(cache.double(), truth, rtol=0, atol=0, equal_nan=True)
@@ -294,14 +297,13 @@ def test_pages_move_between_host_and_device_to_the_bit(page_size: int, to_host: 
         else:
             expected[:, own] = host[chunk].to(device())
     torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream(device())):
-        mover = Mover(pool, chunk_pages, to_host, way)
-        mover.take(addresses, ids.numpy())
-        if to_host:
-            mover.all_layers()
-        else:
-            for layer in range(sizes.layers):
-                mover.layer(layer)
+    mover = Mover(pool, chunk_pages, to_host, torch.cuda.Stream(device()), way)
+    mover.take(addresses, ids.numpy())
+    if to_host:
+        mover.all_layers()
+    else:
+        for layer in range(sizes.layers):
+            mover.layer(layer)
     torch.cuda.synchronize()
     assert torch.equal(host if to_host else pool, expected)
 
@@ -310,7 +312,8 @@ def _address(lease: Lease) -> int:
     return int(lease.addresses[0])
 
 
-def test_a_step_s_page_table_is_its_own_however_far_the_host_is_ahead() -> None:
+@pytest.mark.parametrize("beside_copies", [False, True])
+def test_a_step_s_page_table_is_its_own_however_far_the_host_is_ahead(beside_copies: bool) -> None:
     """More steps than buffers on the host, all enqueued behind a kernel that keeps the device busy."""
     batch = empty_batch(PaddedShape(2, 8), 16, 512, device())
     buffer = batch.offsets.as_strided((16 + 2 * 32,), (1,))
@@ -322,11 +325,35 @@ def test_a_step_s_page_table_is_its_own_however_far_the_host_is_ahead() -> None:
     torch.cuda._sleep(200_000_000)
     found = []
     for step in steps:
-        step.fill(batch)
+        step.fill(batch, beside_copies)
         found.append(buffer.clone())
     for index, (words, step) in enumerate(zip(found, steps, strict=True)):
         used = words[16 : 16 + len(step.page_ids)]
         assert used.tolist() == step.page_ids.tolist() and int(words[0]) == index
+
+
+def test_a_page_table_does_not_queue_behind_the_copies_of_a_step() -> None:
+    """A copy engine takes copies as they were enqueued: a first layer would wait for the copies of the last one."""
+    pool = torch.zeros((1, 256, 1 << 21), dtype=torch.uint8, device=device())
+    host = torch.ones((1, 256, 1 << 21), dtype=torch.uint8, pin_memory=True)
+    batch = empty_batch(PaddedShape(16, 8), 16, 2048, device())
+    ids = np.arange(16 * 128, dtype=np.int32)
+    each, borders = np.zeros(16, np.int32), np.zeros(17, np.int32)
+    step = HostBatch(borders, each, each, borders, ids)
+    # compiled before
+    step.fill(batch, beside_copies=True)
+    batch.page_ids.zero_()
+    stream = torch.cuda.Stream(device())
+    mover = Mover(pool, 256, to_host=False, stream=stream, way="engine" if kv_copy_engine.works(device()) else "kernel")
+    torch.cuda.synchronize()
+    mover.take(np.array([host.data_ptr()], np.int64), np.random.default_rng(0).permutation(256).astype(np.int32))
+    mover.layer(0)
+    copied = stream.record_event()
+    step.fill(batch, beside_copies=True)
+    torch.cuda.current_stream(device()).synchronize()
+    assert not copied.query()
+    torch.cuda.synchronize()
+    assert batch.page_ids[: len(ids)].tolist() == ids.tolist() and bool((pool == 1).all())
 
 
 def test_graphs_by_layer_and_of_all_layers_agree_with_single_kernels(seed: int) -> None:

@@ -130,10 +130,10 @@ def test_bookkeeping_is_right_for_every_user_it_meets() -> None:
 
 def test_a_truncated_user_gets_the_same_pages_again() -> None:
     table = PageTable(8, 4)
-    before = list(table.grow([1], [21]).placements[0].pages)
+    before = list(table.grow([1], [21]).pages[0])
     table.truncate(1, 9)
     assert (table.tokens(1), table.free_pages) == (9, 5)
-    assert list(table.grow([1], [21]).placements[0].pages) == before
+    assert list(table.grow([1], [21]).pages[0]) == before
     with pytest.raises(ValueError, match="has 21 tokens, not 22"):
         table.truncate(1, 22)
     hold = table.hold(1)

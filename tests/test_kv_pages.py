@@ -58,13 +58,22 @@ class Accounting(RuleBasedStateMachine):
         assert list(growth.evicted) == expected
         for user in expected:
             self.forget(user)
-        for user, total, placement in zip(users, totals, growth.placements, strict=True):
-            assert (placement.user, placement.cached, placement.total) == (user, self.tokens.get(user, 0), total)
+        for user, total, cached, pages in zip(users, totals, growth.cached, growth.pages, strict=True):
+            assert cached == self.tokens.get(user, 0)
             # what was cached stays where it is
-            assert list(placement.pages)[: len(before[user])] == before[user]
+            assert list(pages)[: len(before[user])] == before[user]
             self.tokens.pop(user, None)
             self.tokens[user] = total
-            self.pages[user] = list(map(int, placement.pages))
+            self.pages[user] = list(map(int, pages))
+
+    @rule(user=USERS)
+    def touch(self, user: int) -> None:
+        if user in self.tokens:
+            assert list(self.table.touch(user)) == self.pages[user]
+            self.tokens[user] = self.tokens.pop(user)
+        else:
+            with pytest.raises(KeyError):
+                self.table.touch(user)
 
     @rule(user=USERS)
     def evict(self, user: int) -> None:
@@ -75,12 +84,15 @@ class Accounting(RuleBasedStateMachine):
             with pytest.raises(KeyError):
                 self.table.evict(user)
 
-    @rule(target=holds, user=USERS)
-    def hold(self, user: int) -> Hold | None:
-        if user not in self.tokens:
+    @rule(target=holds, users=st.lists(USERS, min_size=1, max_size=3, unique=True))
+    def hold(self, users: list[int]) -> Hold | None:
+        if not all(user in self.tokens for user in users):
+            with pytest.raises(KeyError):
+                self.table.hold(*users)
             return None
-        hold = self.table.hold(user)
-        self.held.setdefault(user, []).append(hold)
+        hold = self.table.hold(*users)
+        for user in users:
+            self.held.setdefault(user, []).append(hold)
         return hold
 
     @rule(hold=consumes(holds))
@@ -146,6 +158,17 @@ def test_a_step_that_makes_no_sense_is_refused() -> None:
     assert list(table) == [1]
     with pytest.raises(ValueError, match="holds nothing"):
         PageTable(0, 32)
+
+
+def test_pages_that_come_together_lie_side_by_side() -> None:
+    """Copies of neighbours are one copy: also of pages that another user gave back, or that were forgotten."""
+    table = PageTable(12, 8)
+    assert list(table.grow([1, 2], [32, 16]).pages[0]) == [0, 1, 2, 3]
+    table.evict(1)
+    assert list(table.grow([3], [32]).pages[0]) == [0, 1, 2, 3]
+    table.truncate(3, 8)
+    assert list(table.grow([3], [32]).pages[0]) == [0, 1, 2, 3]
+    assert list(table.grow([2], [40]).pages[0]) == [4, 5, 6, 7, 8]
 
 
 def test_bookkeeping_of_many_users_is_quick() -> None:

@@ -109,7 +109,9 @@ def test_copies_are_beside_and_before_the_layers(rendered: Rendered) -> None:
     device, first = float(line[5]), float(line[7])
     cell = next(c for c in fake.RECIPE.cells("full") if c.axes.get("source") == "host" and c.axes["batch"] == 8)
     assert first - device == pytest.approx(fake.onload_bytes(cell) / fake.BUS_BYTES_PER_S * 1e3, rel=0.05)
-    assert line[-1] == "1.10×"
+    # 1.1 times the longer one, which are the copies, and an eighth of the shorter one beside it
+    copies = first - device
+    assert line[-2:] == ["1.10×", f"{1.1 * copies / (copies + device / 8):.2f}×"]
     rates = next(row for row in table_after(text, "Bytes of a step") if row[:4] == ["block", "8", "4096", "128"])
     assert rates[6] == rates[7] == "50 GB/s"
     assert "users were evicted" in text and "figures/transfers_call.png" in text

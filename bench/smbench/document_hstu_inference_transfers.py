@@ -66,6 +66,18 @@ class Copied:
             return None
         return self.host.median / max(self.device.median, self.onload_s)
 
+    @property
+    def over_bound(self) -> float | None:
+        """Time of a step over the least that copies layer by layer allow.
+
+        Nothing computes beside the copies of the first layer, and the last layer computes beside none: the longer of
+        the two and one layer's part of the shorter one.
+        """
+        if self.device is None or self.onload_s is None:
+            return None
+        times = self.device.median, self.onload_s
+        return self.host.median / (max(times) + min(times) / integer(self.point["layers"]))
+
 
 @dataclass(frozen=True, slots=True)
 class Graph:

@@ -22,7 +22,7 @@ from smbench_kernels.hstu_block_definition import Sizes
 from smbench_kernels.hstu_definition import PARAMETERS
 from smbench_kernels.hstu_graphs import Captured, Graphs, HostBatch, PaddedShape
 from smbench_kernels.hstu_paged import PagedBatch
-from smbench_kernels.kv_copies import Mover
+from smbench_kernels.kv_onload import Onload, Span
 from smbench_kernels.kv_store import Sizes as CacheSizes
 from smbench_kernels.op import Config, Inputs, Op, Point, Prepared, UnsupportedPoint
 
@@ -88,8 +88,6 @@ class _Cached:
     """With source `host`: [layers, users' cached pages, 2, page_size, heads, head_dim], pinned where there is a GPU."""
     ids: Sequence[npt.NDArray[np.int32]]
     """Of each set the pages that are brought in."""
-    mover: Mover | None
-    """What brings them, all of them as one chunk."""
     turn: int = 0
     counted: Counter[str] = field(default_factory=Counter)
 
@@ -104,7 +102,7 @@ class _Cached:
         pool = torch.empty((sizes.layers, count, *cache.page_shape), dtype=sizes.dtype, device=device)
         steps = [_batch(sizes, ids, sizes.total, sizes.new, sizes.targets) for ids in sets]
         fills = [_batch(sizes, ids, sizes.cached, sizes.cached, 0) for ids in sets]
-        host, mover, brought = None, None, []
+        host, brought = None, []
         if sizes.source == "host":
             per_user = sizes.cached // sizes.page_size
             if per_user * sizes.page_size != sizes.cached:
@@ -113,9 +111,8 @@ class _Cached:
                 raise UnsupportedPoint("nothing is cached, so nothing is brought in")
             shape = (sizes.layers, sizes.batch * per_user, *cache.page_shape)
             host = torch.empty(shape, dtype=sizes.dtype, pin_memory=device.type == "cuda")
-            mover = Mover(pool, shape[1], to_host=False)
             brought = [ids.reshape(sizes.batch, -1)[:, :per_user].reshape(-1) for ids in sets]
-        return cls(sizes, inputs, block_of(sizes, inputs), pool, steps, fills, host, brought, mover)
+        return cls(sizes, inputs, block_of(sizes, inputs), pool, steps, fills, host, brought)
 
     def begin(self) -> None:
         """Fill the pages from the input; what is to come from the host is there afterwards, and nowhere else."""
@@ -132,7 +129,7 @@ class _Cached:
 
     def on_device(self, batch: HostBatch, rows: int) -> PagedBatch:
         sizes = self.sizes
-        return batch.batch(sizes.page_size, rows, sizes.max_seqlen, self.pool.device)
+        return batch.batch(sizes.page_size, rows, sizes.max_seqlen, self.pool.device, self.host is not None)
 
     def next(self) -> int:
         """The set of pages whose turn it is; counts its step."""
@@ -150,77 +147,51 @@ class _Cached:
         """The step's rows, contiguous [batch * (new + targets), E]."""
         return definition.step_rows(self.sizes, self.inputs["x"]).flatten(0, 1)
 
-    def aim(self, turn: int) -> Mover:
-        """What brings the layers of a step from the host into a set's pages, on the current stream."""
-        assert self.host is not None and self.mover is not None
-        self.mover.take(np.array([self.host.data_ptr()], np.int64), self.ids[turn])
-        return self.mover
+    def write_rows(self, into: torch.Tensor) -> None:
+        """The same into a tensor of that shape."""
+        rows = definition.step_rows(self.sizes, self.inputs["x"])
+        into.unflatten(0, rows.shape[:2]).copy_(rows)
 
 
 class _Onload:
-    """Copies from the host for one step, layer by layer on a stream of its own, or before the first layer.
-
-    A layer's copies are enqueued when the layer before it is: all of them at once would not fit what a device takes,
-    and would keep the host from enqueueing the first layer.
-    """
+    """Copies from the host for one step after another, all of a layer's pages as one chunk; counts them."""
 
     def __init__(self, cached: _Cached, overlap: bool) -> None:
-        self._cached, self._overlap = cached, overlap
-        device = cached.pool.device
-        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
-        self._arrived: list[torch.cuda.Event] = []
-        self._begun: torch.cuda.Event | None = None
-        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._cached = cached
+        self._spans: list[Span] = []
+        self._current: torch.cuda.Stream | None = None
+        self._copies: Onload | None = None
+        if cached.host is not None:
+            self._copies = Onload(cached.pool, cached.host.shape[1], overlap)
 
     def start(self, turn: int) -> None:
-        """Begin with the copies of a step."""
-        counted, host = self._cached.counted, self._cached.host
-        assert host is not None
+        """Begin with the copies of a step into a set's pages."""
+        counted, host, copies = self._cached.counted, self._cached.host, self._copies
+        assert host is not None and copies is not None
         counted["onloaded_bytes"] += host.nbytes
-        if self._stream is None:
+        chunk, ids = np.array([host.data_ptr()], np.int64), self._cached.ids[turn]
+        if copies.stream is None:
             began = time.perf_counter_ns()
-            self._cached.aim(turn).all_layers()
+            copies.start(chunk, ids)
             counted["onload_ns"] += time.perf_counter_ns() - began
             return
-        current = torch.cuda.current_stream(self._cached.pool.device)
+        self._current = torch.cuda.current_stream(self._cached.pool.device)
         # the set's pages were read by the step before the last one
-        self._stream.wait_stream(current)
-        self._arrived = []
-        self._begun = torch.cuda.Event(enable_timing=True)
-        self._begun.record(self._stream)
-        with torch.cuda.stream(self._stream):
-            self._cached.aim(turn)
-        if self._overlap:
-            self._load(1)
-        else:
-            self._load(self._cached.sizes.layers)
-            current.wait_event(self._arrived[-1])
-
-    def _load(self, end: int) -> None:
-        """Enqueue the copies of the layers before `end`, as far as they are not yet."""
-        assert self._stream is not None and self._begun is not None and self._cached.mover is not None
-        layers = self._cached.sizes.layers
-        with torch.cuda.stream(self._stream):
-            for layer in range(len(self._arrived), min(end, layers)):
-                self._cached.mover.layer(layer)
-                event = torch.cuda.Event(enable_timing=layer + 1 == layers)
-                event.record(self._stream)
-                self._arrived.append(event)
-                if layer + 1 == layers:
-                    self._spans.append((self._begun, event))
+        copies.stream.wait_stream(self._current)
+        self._spans.append(Span(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+        copies.start(chunk, ids, self._spans[-1])
 
     def wait(self, layer: int) -> None:
-        """Have the current stream wait for a layer's copies, and enqueue those of the next."""
-        if self._arrived:
-            self._load(layer + 2)
-            torch.cuda.current_stream(self._cached.pool.device).wait_event(self._arrived[layer])
+        """Have the current stream wait for a layer's copies, and enqueue those of layers behind it."""
+        assert self._copies is not None
+        self._copies.wait(layer, self._current)
 
     def counts(self) -> Mapping[str, int]:
         """Those of the steps, with bytes and nanoseconds on the stream of the copies. Waits for all copies."""
         counted = self._cached.counted
-        for begun, done in self._spans:
-            done.synchronize()
-            counted["onload_ns"] += round(begun.elapsed_time(done) * 1e6)
+        for span in self._spans:
+            span.done.synchronize()
+            counted["onload_ns"] += span.nanoseconds()
         self._spans.clear()
         return dict(counted)
 
@@ -259,10 +230,10 @@ def _with_graphs(point: Point, inputs: Inputs, overlap: bool) -> Prepared:
     def run() -> None:
         turn = cached.next()
         if cached.host is None:
-            y = graphs.run(cached.rows(), cached.steps[turn])
+            y = graphs.run(cached.write_rows, cached.steps[turn])
         else:
             onload.start(turn)
-            y = graphs.run(cached.rows(), cached.steps[turn], onload.wait)
+            y = graphs.run(cached.write_rows, cached.steps[turn], onload.wait)
         inputs["y"].copy_(y)
 
     facts = graph_facts(captured)

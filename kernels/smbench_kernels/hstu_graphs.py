@@ -8,7 +8,7 @@ sequences empty. Between the layers' graphs the stream waits for the copies of t
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,9 @@ from smbench_kernels.hstu_block import Block, Wait
 from smbench_kernels.hstu_paged import PagedBatch
 from smbench_kernels.kv_staging import staging
 from smbench_kernels.launch import ceil_div
+
+Write = Callable[[torch.Tensor], object]
+"""Writes a step's rows into a tensor [rows, embedding]."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -100,17 +103,33 @@ class Graphs:
         self.captured[shape] = found
         return found
 
-    def run(self, x: torch.Tensor, step: HostBatch, wait: Wait | None = None) -> torch.Tensor:
+    def capture_call(self, call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        """A graph of a call that reads and writes the same memory each time, such as what is around the layers."""
+        device = self._pool.device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory):
+            call()
+        return graph
+
+    def run(self, x: torch.Tensor | Write, step: HostBatch, wait: Wait | None = None) -> torch.Tensor:
         """A step on x [rows, embedding] in the smallest shape that holds it: its rows of the graphs' own output.
 
-        `wait` is called before each layer; without it the graph of all layers runs. The result is overwritten by the
-        next step of that shape.
+        `x` may be what writes the rows into the graphs' input. `wait` is called before each layer; without it the graph
+        of all layers runs. The result is overwritten by the next step of that shape.
         """
         rows = int(step.offsets[-1])
         shape = smallest(list(self.captured), len(step.totals), int(np.diff(step.offsets).max(initial=0)), rows)
         captured = self.captured[shape]
-        captured.x[:rows].copy_(x, non_blocking=True)
-        step.fill(captured.batch)
+        if isinstance(x, torch.Tensor):
+            captured.x[:rows].copy_(x, non_blocking=True)
+        else:
+            x(captured.x[:rows])
+        step.fill(captured.batch, beside_copies=wait is not None)
         if wait is None:
             captured.whole.replay()
         else:
@@ -130,10 +149,11 @@ class HostBatch:
     page_offsets: npt.NDArray[np.int32]
     page_ids: npt.NDArray[np.int32]
 
-    def fill(self, batch: PagedBatch) -> None:
+    def fill(self, batch: PagedBatch, beside_copies: bool = False) -> None:
         """Write it into the buffers of a batch of at least as many sequences; those beyond have no row.
 
         One copy on the current stream, which nothing here waits for: all buffers of `empty_batch` lie in one.
+        `beside_copies` as `Slot.send`.
         """
         ids, size = self.page_ids, batch.batch
         if len(ids) > batch.page_ids.numel():
@@ -142,24 +162,28 @@ class HostBatch:
         used = begin + len(ids)
         slot = staging(batch.offsets.device).take(used)
         staged = slot.words
-        for first, values, rest in zip(
+        for first, values in zip(
             range(0, begin, begin // 4),
             (self.offsets, self.num_targets, self.totals, self.page_offsets),
-            # a sequence beyond begins and ends where the last one ends
-            (self.offsets[-1], 0, 0, self.page_offsets[-1]),
             strict=True,
         ):
             staged[first : first + len(values)] = values
-            staged[first + len(values) : first + begin // 4] = rest
+            if len(self.totals) < size:
+                # a sequence beyond begins and ends where the last one ends
+                rest = values[-1] if len(values) > len(self.totals) else 0
+                staged[first + len(values) : first + begin // 4] = rest
         staged[begin:used] = ids
-        slot.send(_block_of(batch, used))
+        # all buffers of a batch lie in one, the offsets first
+        slot.send(batch.offsets, used, beside_copies)
 
-    def batch(self, page_size: int, max_rows: int, max_seqlen: int, device: torch.device) -> PagedBatch:
+    def batch(
+        self, page_size: int, max_rows: int, max_seqlen: int, device: torch.device, beside_copies: bool = False
+    ) -> PagedBatch:
         """The same on a device, for a step that runs without a graph."""
         shape = PaddedShape(len(self.totals), max_rows)
         words = _ids_at(shape.batch) + max(1, len(self.page_ids))
         found = _batch_in(torch.empty(words, dtype=torch.int32, device=device), shape, page_size, max_seqlen)
-        self.fill(found)
+        self.fill(found, beside_copies)
         return found
 
 
@@ -187,8 +211,3 @@ def _parts(batch: int) -> tuple[slice, slice, slice, slice]:
 def _ids_at(batch: int) -> int:
     """Where page ids begin: like all parts at a multiple of 16 bytes, which Triton would compile apart otherwise."""
     return 4 * 4 * ceil_div(batch + 1, 4)
-
-
-def _block_of(batch: PagedBatch, words: int) -> torch.Tensor:
-    """The first words of the one buffer that the tensors of an `empty_batch` are parts of."""
-    return batch.offsets.as_strided((words,), (1,))

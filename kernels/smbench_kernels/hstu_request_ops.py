@@ -40,9 +40,9 @@ class _Model:
     sizes: Sizes
     inputs: Inputs
 
-    def rows(self, cached: int) -> torch.Tensor:
+    def rows(self, cached: int, into: torch.Tensor | None = None) -> torch.Tensor:
         """[batch * (total - cached + targets), E]: embeddings of what is not cached, and of the candidates."""
-        return self.inputs["table"][self.inputs["ids"][:, cached:].flatten()]
+        return torch.index_select(self.inputs["table"], 0, self.inputs["ids"][:, cached:].flatten(), out=into)
 
     def answer(self, y: torch.Tensor) -> None:
         """Scores of the candidates among a step's rows."""
@@ -156,26 +156,26 @@ class _Served:
             step.page_ids,
         )
 
-    def request(self, graphs: Graphs | None) -> None:
+    def request(self, graphed: _Graphed | None) -> None:
         """One request of all users."""
         sizes, cache = self.sizes, self.cache
         step = cache.begin(self.rewind(), [sizes.total] * sizes.batch)
         host = self.host_batch(step, sizes.targets)
         # what the attention is told, apart from what the cache counts
         cache.counts["attended_tokens"] += int(host.totals.sum())
-        x = self.model.rows(step.cached[0])
 
         def wait(layer: int) -> None:
             cache.wait(step, layer)
 
         onloads = "host" in step.sources
-        if graphs is not None:
-            y = graphs.run(x, host, wait if onloads else None)
+        if graphed is not None:
+            graphed.layers.run(graphed.embed, host, wait if onloads else None)
+            graphed.answer.replay()
         else:
+            x = self.model.rows(step.cached[0])
             rows = len(x) // sizes.batch
-            batch = host.batch(sizes.page_size, rows, sizes.max_seqlen, cache.device)
-            y = self.block(x, batch, cache.pool, wait if onloads else None)
-        self.model.answer(y)
+            batch = host.batch(sizes.page_size, rows, sizes.max_seqlen, cache.device, onloads)
+            self.model.answer(self.block(x, batch, cache.pool, wait if onloads else None))
         # before waiting: what goes to the host is on its way while the scores are computed
         cache.finish(step)
         self.model.wait()
@@ -198,18 +198,32 @@ def cache(point: Point, inputs: Inputs) -> Prepared:
     return _eager(point, inputs, overlap=True)
 
 
+class _Graphed:
+    """A request's device work as graphs: embeddings, the layers, scores; of one shape, as a point's requests are."""
+
+    def __init__(self, served: _Served) -> None:
+        sizes, model = served.sizes, served.model
+        cached = 0 if sizes.source == "nowhere" else sizes.cached
+        rows = sizes.total - cached + sizes.targets
+        self.layers = Graphs(served.block, served.cache.pool, sizes.page_size, sizes.max_seqlen)
+        self.captured = self.layers.capture(block_ops.padded(sizes.batch, rows), sizes.dtype)
+        x, y = (part[: sizes.batch * rows] for part in (self.captured.x, self.captured.y))
+        self._embed = self.layers.capture_call(lambda: model.rows(cached, x))
+        self.answer = self.layers.capture_call(lambda: model.answer(y))
+
+    def embed(self, _into: torch.Tensor) -> None:
+        """Write a request's embeddings into the layers' input."""
+        self._embed.replay()
+
+
 def _graphed(point: Point, inputs: Inputs, overlap: bool) -> Prepared:
     if inputs["ids"].device.type != "cuda":
         raise UnsupportedPoint("CUDA graphs need a CUDA device")
     served = _Served(point, inputs, overlap)
-    sizes = served.sizes
-    graphs = Graphs(served.block, served.cache.pool, sizes.page_size, sizes.max_seqlen)
-    rows = (sizes.total if sizes.source == "nowhere" else sizes.new) + sizes.targets
-    shape = block_ops.padded(sizes.batch, rows)
-    captured = graphs.capture(shape, sizes.dtype)
+    graphed = _Graphed(served)
     return Prepared(
-        lambda: served.request(graphs),
-        block_ops.graph_facts(captured),
+        lambda: served.request(graphed),
+        block_ops.graph_facts(graphed.captured),
         "default",
         begin=served.begin,
         capturable=False,
@@ -218,7 +232,7 @@ def _graphed(point: Point, inputs: Inputs, overlap: bool) -> Prepared:
 
 
 def cache_graph(point: Point, inputs: Inputs) -> Prepared:
-    """With a cache, the layers as CUDA graphs."""
+    """With a cache, embeddings, layers and scores as CUDA graphs."""
     return _graphed(point, inputs, overlap=True)
 
 

@@ -1,8 +1,9 @@
 """The KV cache of an HSTU model: pages on a device keyed by user, chunks on a host, copies between them beside compute.
 
 Owns the page pool, the order of copies and their claims on pages. Page accounting is `kv_pages`', host memory
-`kv_store`'s, attention the kernels'. A step goes `begin` (find or bring in what is cached, make room), then for each
-layer `wait` and what is computed on it, then `finish` (store whole chunks on the host).
+`kv_store`'s, who waits for a layer's copies `kv_onload`'s, attention the kernels'. A step goes `begin` (find or bring
+in what is cached, make room), then for each layer `wait` and what is computed on it, then `finish` (store whole chunks
+on the host).
 
 Onload is layer by layer on a stream of its own: layer i waits for its own copy alone, and computes while that of layer
 i + 1 runs (document 003, "Asynchronous H2D transfer"). Steps compute on one stream, one after another: pages that go
@@ -14,8 +15,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
@@ -23,6 +24,7 @@ import numpy.typing as npt
 import torch
 
 from smbench_kernels.kv_copies import Mover
+from smbench_kernels.kv_onload import Onload, Span
 from smbench_kernels.kv_pages import CacheFull, Growth, Hold, Pages, PageTable
 from smbench_kernels.kv_store import HostStore, Lease, Sizes
 
@@ -43,9 +45,11 @@ class Step:
     """All users' pages, one after the other."""
     evicted: Sequence[int]
     """Users that lost their pages on the device for it."""
-    _holds: list[Hold]
-    _onloaded: list[torch.cuda.Event] = field(default_factory=list)
-    """By layer, as far as its copies are enqueued: after them; empty where nothing was copied, or at once."""
+    _hold: Hold
+    _awaits: bool = False
+    """Whether each layer waits for copies."""
+    _stream: torch.cuda.Stream | None = None
+    """What it computes on, once it was asked for."""
 
 
 @dataclass(slots=True)
@@ -54,41 +58,41 @@ class _Transfer:
 
     done: torch.cuda.Event
     leases: Sequence[Lease]
-    holds: Sequence[Hold]
+    hold: Hold | None
     counter: str = ""
     """Which of the counts its time goes to; empty for a step without copies."""
-    begun: torch.cuda.Event | None = None
+    span: Span | None = None
 
     def of(self, user: int) -> bool:
         """Whether it keeps anything of a user."""
-        return any(lease.user == user for lease in self.leases) or any(hold.user == user for hold in self.holds)
-
-
-@dataclass(slots=True)
-class _Loading:
-    """A step whose copies from the host are not all enqueued."""
-
-    step: Step
-    leases: Sequence[Lease]
-    begun: torch.cuda.Event
+        return any(lease.user == user for lease in self.leases) or (self.hold is not None and user in self.hold.users)
 
 
 class _Events:
     """Events to be used again: making one costs as much as recording it."""
 
     def __init__(self) -> None:
-        self._free: dict[bool, list[torch.cuda.Event]] = {False: [], True: []}
+        self._free: list[torch.cuda.Event] = []
+        self._spans: list[Span] = []
 
-    def record(self, stream: torch.cuda.Stream, timing: bool = False) -> torch.cuda.Event:
+    def record(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
         """An event after what is enqueued on a stream."""
-        free = self._free[timing]
-        event = free.pop() if free else torch.cuda.Event(enable_timing=timing)
+        event = self._free.pop() if self._free else torch.cuda.Event()
         event.record(stream)
         return event
 
-    def give_back(self, event: torch.cuda.Event, timing: bool = False) -> None:
+    def span(self) -> Span:
+        """Two events to be recorded."""
+        if self._spans:
+            return self._spans.pop()
+        return Span(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+
+    def give_back(self, used: torch.cuda.Event | Span) -> None:
         """Nobody will ask for it again; streams that were told to wait for it wait for what it was."""
-        self._free[timing].append(event)
+        if isinstance(used, Span):
+            self._spans.append(used)
+        else:
+            self._free.append(used)
 
 
 class KVCache:
@@ -115,32 +119,33 @@ class KVCache:
         """Since the beginning: tokens found on the device and on the host, bytes and users that moved, nanoseconds from
         the turn of a step's first copy to the end of its last one, on the stream of the copies."""
         self._store = store
-        self._in = self._out = None
+        self._out: torch.cuda.Stream | None = None
         self._transfers: list[_Transfer] = []
+        # spans of copies that are over, to be counted when the host has time
+        self._over: list[tuple[str, Span]] = []
         self._events = _Events()
         # the last copy of a user's chunks to the host: whoever reads them waits for it
         self._stored: dict[int, torch.cuda.Event] = {}
-        self._loading: _Loading | None = None
+        # leases and span of the copies that are not all enqueued
+        self._loading: tuple[Sequence[Lease], Span] | None = None
         if store is None:
             return
         self._chunk_pages = store.chunk_tokens // sizes.page_size
-        self._loader = Mover(self.pool, self._chunk_pages, to_host=False)
-        self._storer = Mover(self.pool, self._chunk_pages, to_host=True)
+        self._onload = Onload(self.pool, self._chunk_pages, overlap)
         if device.type == "cuda":
-            # the few programs of a copy go before those of a layer
-            self._in = torch.cuda.Stream(device, priority=-1)
+            # the few programs of a copy by a kernel go before those of a layer
             self._out = torch.cuda.Stream(device, priority=-1)
-            for stream in (self._in, self._out):
-                # the pool and the movers' tables are zeroed before anything is copied
-                stream.wait_stream(torch.cuda.current_stream(device))
+        self._storer = Mover(self.pool, self._chunk_pages, to_host=True, stream=self._out)
+        if self._out is not None:
+            # the pool and the mover's table are zeroed before anything is copied
+            self._out.wait_stream(torch.cuda.current_stream(device))
 
     def __del__(self) -> None:
         # page-locked memory goes to whoever asks next once nobody names it: not before its copies are done
         for transfer in getattr(self, "_transfers", ()):
             transfer.done.synchronize()
-        if (loading := getattr(self, "_loading", None)) is not None:
-            for event in loading.step._onloaded:
-                event.synchronize()
+        if getattr(self, "_loading", None) is not None:
+            self._onload.settle()
 
     def begin(self, users: Sequence[int], totals: Sequence[int]) -> Step:
         """Find what is cached of each user, bring in what the host has, make room for `totals` tokens.
@@ -151,49 +156,45 @@ class KVCache:
         self._load_all()
         if self._transfers:
             self._collect(wait=False)
-        on_device = [self.table.tokens(user) for user in users]
-        leases = self._leases(users, on_device, totals)
+        leases = self._leases(users, totals) if self._store is not None else {}
         try:
             growth = self._grow(users, totals)
         except (CacheFull, ValueError):
-            self._give_back(list(leases.values()))
+            self._give_back(leases.values())
             raise
-        cached, sources = on_device, ["device" if here else "none" for here in on_device]
+        cached, sources = growth.cached, ["device" if here else "none" for here in growth.cached]
+        found = sum(cached)
+        pages = growth.pages
+        page_offsets = np.array([0, *accumulate(map(len, pages))], np.int32)
+        page_ids = np.concatenate(pages)
         if leases:
-            cached = list(on_device)
+            # first of all: the bus is what the step will wait for
+            self._bring(leases, page_offsets, page_ids)
+            cached = list(cached)
             for index, lease in leases.items():
                 cached[index], sources[index] = self._tokens(lease), "host"
-        pages = [placement.pages for placement in growth.placements]
-        step = Step(
-            list(users),
-            cached,
-            list(totals),
-            sources,
-            np.array([0, *accumulate(map(len, pages))], np.int32),
-            np.concatenate(pages),
-            growth.evicted,
-            [self.table.hold(user) for user in users],
-        )
-        counts, found, all_cached = self.counts, sum(on_device), sum(cached)
+        hold, evicted = self.table.hold(*users), growth.evicted
+        awaits = bool(leases) and self.overlap
+        step = Step(list(users), cached, list(totals), sources, page_offsets, page_ids, evicted, hold, awaits)
+        counts, all_cached = self.counts, sum(cached)
         counts["steps"] += 1
         counts["device_tokens"] += found
         counts["host_tokens"] += all_cached - found
         counts["new_tokens"] += sum(totals) - all_cached
-        counts["evicted_users"] += len(growth.evicted)
-        if leases:
-            self._onload(step, leases)
+        counts["evicted_users"] += len(evicted)
         return step
 
     def wait(self, step: Step, layer: int) -> None:
         """Have the current stream wait until what is cached of a layer lies in its pages.
 
-        To be called for one layer after the other: each call enqueues the copies of the layer behind it. All of them
-        beforehand would not fit what a device takes, and would keep the host from enqueueing the first layer.
+        To be called for one layer after the other: each call enqueues copies of layers behind it.
         """
-        if (loading := self._loading) is not None and loading.step is step:
-            self._load(loading, min(layer + 2, self.sizes.layers))
-        if step._onloaded:
-            torch.cuda.current_stream(self.device).wait_event(step._onloaded[layer])
+        if not step._awaits or self._onload.stream is None:
+            return
+        if step._stream is None:
+            step._stream = torch.cuda.current_stream(self.device)
+        if self._onload.wait(layer, step._stream):
+            self._loaded()
 
     def finish(self, step: Step) -> None:
         """End a step whose work is enqueued on the current stream: store whole new chunks on the host.
@@ -201,7 +202,7 @@ class KVCache:
         What a step holds is given back when its copies are done.
         """
         if self._store is None:
-            self._release(step._holds)
+            self.table.release(step._hold)
             return
         self._load_all()
         copies = self._chunks_to_store(step)
@@ -212,28 +213,27 @@ class KVCache:
                 self._offload(copies)
                 self.counts["offload_ns"] += time.perf_counter_ns() - began
             self._give_back(leases)
-            self._release(step._holds)
+            self.table.release(step._hold)
             return
-        for event in step._onloaded[:-1]:
-            # every layer was told to wait for its own; the last one is the transfer's
-            self._events.give_back(event)
-        computed = self._events.record(torch.cuda.current_stream(self.device))
-        if not copies:
-            self._transfers.append(_Transfer(computed, (), step._holds))
-            return
-        self._out.wait_event(computed)
-        self._events.give_back(computed)
-        begun = self._events.record(self._out, timing=True)
-        with torch.cuda.stream(self._out):
+        computed = self._events.record(step._stream or torch.cuda.current_stream(self.device))
+        if copies:
+            self._out.wait_event(computed)
+            self._events.give_back(computed)
+            span = self._events.span()
+            span.begun.record(self._out)
             self._offload(copies)
-        done = self._events.record(self._out, timing=True)
-        self._stored.update((lease.user, done) for lease in leases)
-        self._transfers.append(_Transfer(done, leases, step._holds, "offload_ns", begun))
+            span.done.record(self._out)
+            self._stored.update((lease.user, span.done) for lease in leases)
+            self._transfers.append(_Transfer(span.done, leases, step._hold, "offload_ns", span))
+        else:
+            self._transfers.append(_Transfer(computed, (), step._hold))
+        self._count()
 
     def drain(self) -> None:
         """Wait for every copy and give back what they held."""
         self._load_all()
         self._collect(wait=True)
+        self._count()
 
     def rewind(self, user: int, on_device: int, on_host: int) -> None:
         """Forget what a user has beyond so many tokens, here and in the store; waits for copies of this user's.
@@ -264,62 +264,50 @@ class KVCache:
                 self._transfers[0].done.synchronize()
                 self._collect(wait=False)
 
-    def _leases(self, users: Sequence[int], on_device: Sequence[int], totals: Sequence[int]) -> dict[int, Lease]:
+    def _leases(self, users: Sequence[int], totals: Sequence[int]) -> dict[int, Lease]:
         """What the host has of users who have nothing on the device, by their index in the step."""
-        store = self._store
-        if store is None:
-            return {}
+        store, tokens = self._store, self.table.tokens
+        assert store is not None
         return {
             index: store.read(user)
-            for index, (user, here, total) in enumerate(zip(users, on_device, totals, strict=True))
-            if not here and 0 < store.tokens(user) <= total
+            for index, (user, total) in enumerate(zip(users, totals, strict=True))
+            if not tokens(user) and 0 < store.tokens(user) <= total
         }
 
-    def _onload(self, step: Step, leases: dict[int, Lease]) -> None:
-        """Copy leased chunks into their pages by layer; with `overlap` all but the first when their turn is near."""
-        chunks = np.concatenate([lease.addresses for lease in leases.values()])
-        begins = {index: int(step.page_offsets[index]) for index in leases}
-        pages = np.concatenate([step.page_ids[begins[i] : begins[i] + self._pages(x)] for i, x in leases.items()])
+    def _bring(self, leases: dict[int, Lease], page_offsets: npt.NDArray[np.int32], page_ids: Pages) -> None:
+        """Copy leased chunks into their users' pages, layer by layer."""
         held = list(leases.values())
+        counts = [self._pages(lease) for lease in held]
+        begins = [int(page_offsets[index]) for index in leases]
+        chunks = np.concatenate([lease.addresses for lease in held])
+        pages = np.concatenate([page_ids[begin : begin + n] for begin, n in zip(begins, counts, strict=True)])
         self.counts["onloaded_users"] += len(held)
         self.counts["onloaded_bytes"] += len(pages) * self.sizes.page_size * self.sizes.token_bytes
-        if self._in is None:
+        if self._onload.stream is None:
             began = time.perf_counter_ns()
-            self._loader.take(chunks, pages)
-            self._loader.all_layers()
+            self._onload.start(chunks, pages)
             self.counts["onload_ns"] += time.perf_counter_ns() - began
             self._give_back(held)
             return
         # nobody else can still read these pages: a step's users keep theirs until its work is done
-        for lease in held:
-            if (stored := self._stored.get(lease.user)) is not None:
-                self._in.wait_event(stored)
-        begun = self._events.record(self._in, timing=True)
-        with torch.cuda.stream(self._in):
-            self._loader.take(chunks, pages)
-        self._loading = loading = _Loading(step, held, begun)
-        if self.overlap:
-            self._load(loading, 1)
-        else:
-            self._load_all()
-            torch.cuda.current_stream(self.device).wait_event(step._onloaded[-1])
+        stored = [event for lease in held if (event := self._stored.get(lease.user)) is not None]
+        span = self._events.span()
+        self._loading = held, span
+        self._onload.start(chunks, pages, span, stored)
+        if not self._onload.under_way:
+            self._loaded()
 
-    def _load(self, loading: _Loading, end: int) -> None:
-        """Enqueue a step's copies of the layers before `end`, as far as they are not yet."""
-        assert self._in is not None
-        layers, arrived = self.sizes.layers, loading.step._onloaded
-        with torch.cuda.stream(self._in):
-            while len(arrived) < end:
-                self._loader.layer(len(arrived))
-                arrived.append(self._events.record(self._in, timing=len(arrived) + 1 == layers))
-        if len(arrived) == layers:
-            self._transfers.append(_Transfer(arrived[-1], loading.leases, (), "onload_ns", loading.begun))
+    def _loaded(self) -> None:
+        """All copies of a step are enqueued: what they read may go once they are done."""
+        if self._loading is not None:
+            leases, span = self._loading
+            self._transfers.append(_Transfer(span.done, leases, None, "onload_ns", span))
             self._loading = None
 
     def _load_all(self) -> None:
         """Enqueue what is left of a step's copies: the next ones have other pages."""
-        if self._loading is not None:
-            self._load(self._loading, self.sizes.layers)
+        if self._loading is not None and self._onload.advance(self.sizes.layers):
+            self._loaded()
 
     def _chunks_to_store(self, step: Step) -> list[tuple[Lease, Pages]]:
         """Room on the host for each user's whole chunks that are not stored yet, and the pages that go there."""
@@ -353,32 +341,36 @@ class KVCache:
     def _pages(self, lease: Lease) -> int:
         return len(lease.addresses) * self._chunk_pages
 
-    def _give_back(self, leases: Sequence[Lease]) -> None:
+    def _give_back(self, leases: Iterable[Lease]) -> None:
         for lease in leases:
             assert self._store is not None
             self._store.give_back(lease)
-
-    def _release(self, holds: Sequence[Hold]) -> None:
-        for hold in holds:
-            self.table.release(hold)
 
     def _collect(self, wait: bool) -> None:
         """Give back what finished work held; with `wait`, of all of it."""
         left = []
         for transfer in self._transfers:
-            done, timing = transfer.done, transfer.begun is not None
+            done = transfer.done
             if wait:
                 done.synchronize()
             if not done.query():
                 left.append(transfer)
                 continue
-            if transfer.begun is not None:
-                self.counts[transfer.counter] += round(transfer.begun.elapsed_time(done) * 1e6)
-                self._events.give_back(transfer.begun, timing)
             for lease in transfer.leases:
                 if self._stored.get(lease.user) is done:
                     del self._stored[lease.user]
             self._give_back(transfer.leases)
-            self._release(transfer.holds)
-            self._events.give_back(done, timing)
+            if transfer.hold is not None:
+                self.table.release(transfer.hold)
+            if transfer.span is None:
+                self._events.give_back(done)
+            else:
+                self._over.append((transfer.counter, transfer.span))
         self._transfers = left
+
+    def _count(self) -> None:
+        """Add up how long finished copies took."""
+        for counter, span in self._over:
+            self.counts[counter] += span.nanoseconds()
+            self._events.give_back(span)
+        self._over.clear()

@@ -8,14 +8,13 @@ all pages, or a kernel of few programs reads and writes the host's page-locked m
 
 from __future__ import annotations
 
-import ctypes
-
 import numpy as np
 import numpy.typing as npt
 import torch
 import triton.language as tl
 
 from smbench_kernels import kv_copy_engine as engine
+from smbench_kernels.kv_copy_engine import Addresses
 from smbench_kernels.kv_staging import Staging
 from smbench_kernels.launch import Call, Launcher, jit
 
@@ -86,12 +85,19 @@ def move_call(
 class Mover:
     """Moves pages of `pool` [layers, pages, …] to or from memory of the host, one set of them after another.
 
-    A chunk of the host is [layers, chunk_pages, …], contiguous. On a device of CUDA, calls enqueue on the current
-    stream, always the same one and not the default one; elsewhere they copy at once. `way` is one of WAYS; None: the
-    better one for these pages here.
+    A chunk of the host is [layers, chunk_pages, …], contiguous. On a device of CUDA, all is enqueued on `stream`, which
+    has to be named there; elsewhere pages are copied at once. `way` is one of WAYS; None: the better one for these
+    pages here.
     """
 
-    def __init__(self, pool: torch.Tensor, chunk_pages: int, to_host: bool, way: str | None = None) -> None:
+    def __init__(
+        self,
+        pool: torch.Tensor,
+        chunk_pages: int,
+        to_host: bool,
+        stream: torch.cuda.Stream | None = None,
+        way: str | None = None,
+    ) -> None:
         layers, pages = pool.shape[:2]
         self._page_bytes = pool[0, 0].numel() * pool.itemsize
         if self._page_bytes % ALIGNMENT:
@@ -101,12 +107,14 @@ class Mover:
         self._first_page, self._to_host, self._layers = pool.data_ptr(), to_host, layers
         host, device = chunk_pages * self._page_bytes, pages * self._page_bytes
         self._strides = (device, host) if to_host else (host, device)
+        self._chunk_pages = chunk_pages
         self._in_chunk = np.arange(chunk_pages, dtype=np.int64) * self._page_bytes
-        self._device, self._cuda = pool.device, pool.is_cuda
-        # addresses in layer 0
-        self._sources = self._targets = np.empty(0, np.int64)
+        each = np.arange(layers, dtype=np.int64)[:, None]
+        self._offsets = each * self._strides[0], each * self._strides[1]
+        self._stream = stream
+        self._lists: engine.Lists | None = None
         self._launches: list[Launcher] = []
-        if way == "engine" or not self._cuda:
+        if way == "engine" or not pool.is_cuda:
             return
         self._staging = Staging(pool.device)
         # no set has more pages than the pool
@@ -120,44 +128,56 @@ class Mover:
     def take(self, chunks: npt.NDArray[np.int64], pages: npt.NDArray[np.int32]) -> None:
         """What the next moves are of: addresses of chunks, and the page of the pool for each of their pages."""
         host = (chunks[:, None] + self._in_chunk).ravel()
-        device = pages.astype(np.int64) * self._page_bytes + self._first_page
-        self._sources, self._targets = (device, host) if self._to_host else (host, device)
         if self._launches:
             slot = self._staging.take(2 + 4 * len(pages))
-            table_of(self._sources, self._targets, slot.words.view(np.int64))
-            slot.send(self._words[: 2 + 4 * len(pages)])
+            table_of(*self._ways(host, pages), slot.words.view(np.int64))
+            with torch.cuda.stream(self._stream):
+                slot.send(self._words, 2 + 4 * len(pages))
+            return
+        borders = runs(pages, self._chunk_pages)
+        first = borders[:-1]
+        sizes = (borders[1:] - first) * self._page_bytes
+        self._lists = engine.Lists(*self._ways(host[first], pages[first]), sizes, self._offsets)
+
+    def _ways(self, host: Addresses, pages: npt.NDArray[np.int32]) -> tuple[Addresses, Addresses]:
+        """Addresses in layer 0 that pages come from and go to."""
+        device = np.multiply(pages, self._page_bytes, dtype=np.int64)
+        device += self._first_page
+        return (device, host) if self._to_host else (host, device)
 
     def layer(self, layer: int) -> None:
         """Move one layer of them."""
-        if self._launches:
-            self._launches[layer]()
-        else:
-            self._copy(layer, layer + 1)
+        self._move(layer, layer + 1, layer)
 
     def all_layers(self) -> None:
         """Move all layers of them."""
+        self._move(0, self._layers, -1)
+
+    def _move(self, first: int, end: int, launch: int) -> None:
         if self._launches:
-            self._launches[-1]()
-        else:
-            self._copy(0, self._layers)
-
-    def _copy(self, first: int, end: int) -> None:
-        layers = np.arange(first, end, dtype=np.int64)[:, None]
-        sources, targets = (
-            (addresses + layers * stride).ravel()
-            for addresses, stride in zip((self._sources, self._targets), self._strides, strict=True)
-        )
-        if self._cuda:
-            sizes = np.full(len(sources), self._page_bytes, np.int64)
-            engine.copy_all(sources, targets, sizes, torch.cuda.current_stream(self._device).cuda_stream)
+            with torch.cuda.stream(self._stream):
+                self._launches[launch]()
             return
-        for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
-            ctypes.memmove(target, source, self._page_bytes)
+        assert self._lists is not None, "nothing was taken"
+        if self._stream is None:
+            self._lists.copy(first, end)
+        else:
+            self._lists.enqueue(first, end, self._stream.cuda_stream)
 
 
-def table_of(
-    sources: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], table: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
+def runs(pages: npt.NDArray[np.int32], chunk_pages: int) -> npt.NDArray[np.intp]:
+    """Where runs of neighbours begin among the pages of whole chunks, and behind them the number of pages.
+
+    A run is one copy: the host takes 0.4 µs for each, and the bus is 10 % slower by pieces of 128 KiB than by pieces of
+    1 MiB (NVIDIA H200). It ends with its chunk, whose next page belongs to another layer.
+    """
+    begins = np.empty(len(pages) + 1, np.bool_)
+    np.not_equal(pages[1:], pages[:-1] + 1, out=begins[1:-1])
+    begins[::chunk_pages] = True
+    return begins.nonzero()[0]
+
+
+def table_of(sources: Addresses, targets: Addresses, table: Addresses) -> Addresses:
     """Write what `move_pages` reads, 1 + 2 * pages words of it."""
     table[0] = len(sources)
     table[1 : 1 + 2 * len(sources) : 2], table[2 : 2 + 2 * len(sources) : 2] = sources, targets

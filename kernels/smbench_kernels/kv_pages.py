@@ -32,31 +32,33 @@ class _Entry:
     holds: int = 0
     evicted: bool = False
 
+    def append(self, more: Pages) -> None:
+        """Add pages at the end."""
+        wanted = self.count + len(more)
+        if wanted > len(self.pages):
+            larger = np.empty(1 << (wanted - 1).bit_length(), np.int32)
+            larger[: self.count] = self.pages[: self.count]
+            self.pages = larger
+        self.pages[self.count : wanted] = more
+        self.count = wanted
+
 
 @dataclass(slots=True, eq=False)
 class Hold:
-    """A claim on a user's pages, by a step or a transfer: until it is released they go to nobody else."""
+    """A claim on users' pages, by a step or a transfer: until it is released they go to nobody else."""
 
-    user: int
-    _entry: _Entry
-
-
-class Placement(NamedTuple):
-    """Where a user's tokens are, once a step has grown it."""
-
-    user: int
-    cached: int
-    """Tokens that the user had before."""
-    total: int
-    """Tokens that the user has now."""
-    pages: Pages
-    """Ids of the pages of all these tokens, in order: token t is row t % page_size of pages[t // page_size]."""
+    users: Sequence[int]
+    _entries: Sequence[_Entry]
+    _held: bool = True
 
 
 class Growth(NamedTuple):
-    """What a step did to the table."""
+    """What a step did to the table, user by user in the step's order."""
 
-    placements: Sequence[Placement]
+    cached: Sequence[int]
+    """Tokens that each user had before."""
+    pages: Sequence[Pages]
+    """Ids of the pages of all tokens that each user has now: token t is row t % page_size of pages[t // page_size]."""
     evicted: Sequence[int]
     """Users that lost their pages for it, the oldest first."""
 
@@ -108,27 +110,36 @@ class PageTable:
         """Give each user pages for `totals` tokens and make them the last used, in this order.
 
         Where pages are short, others are evicted, the one used longest ago first, but none that is held and none of
-        this step. CacheFull where that does not suffice; ValueError for a user twice and for fewer tokens than a user
-        has. Either leaves the table as it was.
+        this step. Pages that come together have neighbouring ids where the free ones do. CacheFull where evicting does
+        not suffice; ValueError for a user twice and for fewer tokens than a user has. Either leaves the table as it
+        was.
         """
-        needed = self._needed(users, totals)
+        entries, cached, needed = self._needed(users, totals)
         victims = self._victims(sum(needed) - self._free_count, users)
         for victim in victims:
             self.evict(victim)
-        known = self._users
-        placements = []
-        for user, total, count in zip(users, totals, needed, strict=True):
-            entry = known.get(user)
+        known, pages = self._users, []
+        left = self._free_count - sum(needed)
+        # from the top of the stack down: ids that were freed together, and those never used, rise
+        given, at = self._free[left : self._free_count][::-1], 0
+        self._free_count = left
+        for user, total, entry, count in zip(users, totals, entries, needed, strict=True):
             if entry is None:
                 entry = known[user] = _Entry()
             else:
                 known.move_to_end(user)
-            cached = entry.tokens
             if count:
-                self._give(entry, count)
+                entry.append(given[at : at + count])
+                at += count
             entry.tokens = total
-            placements.append(Placement(user, cached, total, entry.pages[: entry.count]))
-        return Growth(placements, victims)
+            pages.append(entry.pages[: entry.count])
+        return Growth(cached, pages, victims)
+
+    def touch(self, user: int) -> Pages:
+        """Make a user the last used; ids of its pages in order. KeyError for one that is not here."""
+        self._users.move_to_end(user)
+        entry = self._users[user]
+        return entry.pages[: entry.count]
 
     def evict(self, user: int) -> None:
         """Take a user's pages back: at once, or when its last hold is released. KeyError for one that is not here."""
@@ -151,40 +162,40 @@ class PageTable:
             raise ValueError(f"user {user} has {entry.tokens} tokens, not {tokens}")
         if entry.holds and kept < entry.count:
             raise ValueError(f"pages of user {user} are held: nothing of them can be forgotten")
-        dropped = entry.count - kept
-        self._free[self._free_count : self._free_count + dropped] = entry.pages[kept : entry.count]
-        self._free_count += dropped
+        self._put_back(entry.pages[kept : entry.count])
         entry.count, entry.tokens = kept, tokens
 
-    def hold(self, user: int) -> Hold:
-        """Claim a user's pages until `release`. KeyError for one that is not here."""
-        entry = self._users[user]
-        entry.holds += 1
-        return Hold(user, entry)
+    def hold(self, *users: int) -> Hold:
+        """Claim users' pages until `release`. KeyError for one that is not here."""
+        entries = [self._users[user] for user in users]
+        for entry in entries:
+            entry.holds += 1
+        return Hold(users, entries)
 
     def release(self, hold: Hold) -> None:
         """Give a claim back. ValueError for one that was given back before."""
-        entry = hold._entry
-        if entry.holds < 1:
-            raise ValueError(f"the hold on user {hold.user} was released before")
-        entry.holds -= 1
-        if entry.evicted and not entry.holds:
-            self._leaving_count -= entry.count
-            self._take(entry)
+        if not hold._held:
+            raise ValueError(f"the hold on users {list(hold.users)} was released before")
+        hold._held = False
+        for entry in hold._entries:
+            entry.holds -= 1
+            if entry.evicted and not entry.holds:
+                self._leaving_count -= entry.count
+                self._take(entry)
 
-    def _needed(self, users: Sequence[int], totals: Sequence[int]) -> list[int]:
-        """How many pages each user of a step lacks. ValueError as `grow`."""
+    def _needed(self, users: Sequence[int], totals: Sequence[int]) -> tuple[list[_Entry | None], list[int], list[int]]:
+        """Of each user of a step its entry, the tokens that it has, how many pages it lacks. ValueError as `grow`."""
         if len(set(users)) != len(users):
             raise ValueError(f"a user appears twice in one step: {list(users)}")
-        known, size = self._users, self.page_size
-        needed = []
-        for user, total in zip(users, totals, strict=True):
-            entry = known.get(user)
+        entries, size = list(map(self._users.get, users)), self.page_size
+        cached, needed = [], []
+        for user, total, entry in zip(users, totals, entries, strict=True):
             tokens, count = (entry.tokens, entry.count) if entry is not None else (0, 0)
             if total < tokens:
                 raise ValueError(f"user {user} has {tokens} tokens and cannot shrink to {total}")
+            cached.append(tokens)
             needed.append(-(-total // size) - count)
-        return needed
+        return entries, cached, needed
 
     def _victims(self, short: int, kept: Collection[int]) -> list[int]:
         """Users to evict for `short` more pages, the oldest first; empty where none are short."""
@@ -207,17 +218,12 @@ class PageTable:
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
 
-    def _give(self, entry: _Entry, count: int) -> None:
-        wanted = entry.count + count
-        if wanted > len(entry.pages):
-            larger = np.empty(max(wanted, 2 * len(entry.pages)), np.int32)
-            larger[: entry.count] = entry.pages[: entry.count]
-            entry.pages = larger
-        left = self._free_count - count
-        entry.pages[entry.count : wanted] = self._free[left : self._free_count]
-        entry.count, self._free_count = wanted, left
-
     def _take(self, entry: _Entry) -> None:
-        self._free[self._free_count : self._free_count + entry.count] = entry.pages[: entry.count]
-        self._free_count += entry.count
+        self._put_back(entry.pages[: entry.count])
         entry.count = 0
+
+    def _put_back(self, pages: Pages) -> None:
+        """Onto the stack so that they are handed out again in the order that they had."""
+        end = self._free_count + len(pages)
+        self._free[self._free_count : end] = pages[::-1]
+        self._free_count = end

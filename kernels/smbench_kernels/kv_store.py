@@ -120,15 +120,14 @@ class PinnedStore:
         except CacheFull:
             return None
         first = stored // self.chunk_tokens
-        return self._lease(user, first, growth.placements[0].pages[first:])
+        return self._lease(user, first, growth.pages[0][first:])
 
     def read(self, user: int) -> Lease:
         """As `HostStore`."""
         if user not in self._table:
             raise KeyError(f"user {user} has nothing stored")
         # reading is using
-        growth = self._table.grow([user], [self._table.tokens(user)])
-        return self._lease(user, 0, growth.placements[0].pages)
+        return self._lease(user, 0, self._table.touch(user))
 
     def give_back(self, lease: Lease) -> None:
         """As `HostStore`."""

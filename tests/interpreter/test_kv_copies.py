@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from smbench_kernels.kv_copies import Mover, move_call, table_of
+from smbench_kernels.kv_staging import fetch_words
 from smbench_kernels.launch import Launcher
 
 LAYERS, PAGES, CHUNKS, CHUNK_PAGES = 3, 7, 4, 2
@@ -42,7 +43,8 @@ def test_the_kernel_moves_what_copies_of_the_host_move(page: tuple[int, ...], to
     mover.all_layers()
     copied = target.clone()
     page_bytes = pool[0, 0].numel() * pool.itemsize
-    table = torch.from_numpy(table_of(mover._sources, mover._targets, np.zeros(1 + 2 * len(ids) + 3, np.int64)))
+    hosts = np.concatenate([address + np.arange(CHUNK_PAGES) * page_bytes for address in addresses])
+    table = torch.from_numpy(table_of(*mover._ways(hosts, ids.int().numpy()), np.zeros(1 + 2 * len(ids) + 3, np.int64)))
     for programs, launches in ((2, [(1, 1), (0, 1), (2, 1)]), (64, [(0, LAYERS)])):
         target.copy_(before)
         for first, layers in launches:
@@ -54,3 +56,10 @@ def test_the_kernel_moves_what_copies_of_the_host_move(page: tuple[int, ...], to
 def test_pages_that_no_thread_can_read_whole_are_refused() -> None:
     with pytest.raises(ValueError, match="pages of 24 bytes are no multiple of 16"):
         Mover(torch.zeros((1, 2, 2, 1, 1, 3)), 1, to_host=False)
+
+
+@pytest.mark.parametrize("words", [0, 1, 16, 45])
+def test_the_kernel_fetches_the_first_words_and_writes_no_more(words: int) -> None:
+    source, target = torch.arange(1, 60, dtype=torch.int32), torch.zeros(60, dtype=torch.int32)
+    fetch_words[(2, 1, 1)](source.data_ptr(), target.data_ptr(), words, 16)
+    assert target.tolist() == [*range(1, words + 1), *[0] * (60 - words)]
