@@ -30,7 +30,7 @@ OVERLAP_S = 1.3e-6
 NEIGHBOURS = 4
 """Tokens of a sequence from which most of its rows have neighbours."""
 BOX_S, ROWS_OF_WARP = 50e-9, 32
-"""Asking for a row of 64 columns by itself, and how many of a tile one warp asks for (an H200, NOTES-lora-prefill.md)."""
+"""Asking for a row of 64 columns by itself (H200, NOTES-lora-prefill.md), and how many of a tile one warp asks for."""
 PREFIX = "E_"
 FACTS = hardware.TYPICAL[90].facts()
 
