@@ -144,6 +144,9 @@ def test_the_share_of_the_bound_is_of_what_a_copy_reached(rendered: Rendered) ->
     assert shrink.long_lowest is not None and shrink.long_lowest == pytest.approx(4.8e6 / 4.27e12 / 1.25e-6)
     assert shrink.share_reached is True
     assert shrink.share_of_peak is not None and shrink.share_of_peak < shrink.long_lowest
+    # the fastest tuned peer takes 1.5 times as long at every point: what it leaves is said beside what we gain
+    assert shrink.long_share is not None and shrink.peer_long_share == pytest.approx(shrink.long_share / 1.5)
+    assert "prefill, shrink: from 8192 tokens on the fastest tuned peer itself is at" in text_of(rendered, "on a card")
 
 
 def test_metadata_has_rows_of_its_own(rendered: Rendered) -> None:

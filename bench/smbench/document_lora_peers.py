@@ -105,6 +105,8 @@ class Verdict:
     long_share: float | None
     """Geometric mean of that share over these points."""
     long_lowest: float | None
+    peer_long_share: float | None
+    """The same mean for the fastest tuned peer of each of these points: what it leaves is all that could be gained."""
     over_sum: float | None
     """Of one call: geometric mean of the fastest tuned shrink's and the fastest tuned expand's time, each timed alone
     and of whichever peer, over our time."""
@@ -207,11 +209,9 @@ class Peers:
         peak = [share for row in rows if (share := self._share(row, None)) is not None]
         device = self.view.analysis.device
         reached = REACHED_BYTES_PER_S if device and device.name == REACHED_ON else None
-        long = [
-            share
-            for row in rows
-            if tokens(row.cell.axes) >= LONG_BATCH and reached and (share := self._share(row, reached)) is not None
-        ]
+        long_rows = [row for row in rows if tokens(row.cell.axes) >= LONG_BATCH and reached]
+        long = [share for row in long_rows if (share := self._share(row, reached)) is not None]
+        theirs = [share for row in long_rows if (share := self._peer_share(row, reached)) is not None]
         return Verdict(
             family,
             len(rows),
@@ -220,6 +220,7 @@ class Peers:
             len(long),
             geometric_mean(long) if long else None,
             min(long, default=None),
+            geometric_mean(theirs) if theirs else None,
             geometric_mean(sums) if (sums := [ratio for row in rows if (ratio := self._over_sum(row))]) else None,
         )
 
@@ -244,6 +245,13 @@ class Peers:
             return None
         least = work.bytes / bytes_per_s if bytes_per_s else self.view.memory_bound_s(row)
         return least / summary.median if least else None
+
+    def _peer_share(self, row: Row, bytes_per_s: float | None) -> float | None:
+        """The same of the fastest tuned peer, whatever it read and wrote: least time over its time."""
+        axes, measure, mine = row.cell.axes, self.view.headline.name, self._share(row, bytes_per_s)
+        ours = row.summary(measure)
+        found = [s.median for name in self.opponents if (s := self.view.summary(row.cell.subject, name, axes, measure))]
+        return mine * ours.median / min(found) if mine and ours and found else None
 
     def groups(self, family: Family) -> list[Group]:
         """The lines of a family's table."""
