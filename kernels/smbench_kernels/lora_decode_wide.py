@@ -12,10 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from smbench_kernels import lora_decode_ops, lora_prefill, lora_prefill_space, nvrtc
-from smbench_kernels.launch import ceil_div
 from smbench_kernels.lora import Sizes
 from smbench_kernels.lora_decode_ops import Plans
-from smbench_kernels.lora_plan import capacity
 from smbench_kernels.lora_prefill_kernels import CAPABILITY, FEATURES, DoesNotFit, Expand, source
 from smbench_kernels.op import Config, Inputs, Point, Prepared, UnsupportedPoint
 from smbench_kernels.own import KERNEL
@@ -97,23 +95,9 @@ def _kernel(point: Point, config: Config) -> Expand:
 
 
 def _problem(sizes: Sizes) -> lora_prefill_space.Problem:
-    used = min(sizes.loras, sizes.tokens)
-
-    def tiles(tokens: int) -> int:
-        return min(capacity(sizes.tokens, used, tokens), used * ceil_div(ceil_div(sizes.tokens, used), tokens))
-
-    return lora_prefill_space.Problem(
-        tokens=sizes.tokens,
-        hidden=sizes.hidden,
-        rank=sizes.rank,
-        outputs=(sizes.hidden,),
-        used_loras=used,
-        dtype=sizes.dtype,
-        longest=sizes.tokens,
-        tiles=tiles,
-        planned=True,
-        accumulate=True,
-        dependent=False,
+    used, outputs = min(sizes.loras, sizes.tokens), (sizes.hidden,)
+    return lora_prefill_space.over_plan(
+        sizes.tokens, sizes.hidden, sizes.rank, outputs, used, sizes.dtype, dependent=False
     )
 
 

@@ -12,7 +12,6 @@ from smbench_kernels import hardware, lora_decode_space, lora_prefill, lora_pref
 from smbench_kernels.launch import ceil_div
 from smbench_kernels.lora_decode import Shape
 from smbench_kernels.lora_linear import LinearSizes
-from smbench_kernels.lora_plan import capacity
 from smbench_kernels.lora_prefill_kernels import COLUMNS, Expand, Shrink
 from smbench_kernels.op import Config, Point
 from smbench_kernels.own import KERNEL
@@ -113,23 +112,8 @@ def prefill_kernels(sizes: LinearSizes, config: Config) -> tuple[Shrink, Expand]
 
 def _problem(sizes: LinearSizes) -> lora_prefill_space.Problem:
     used = min(sizes.loras, len(sizes.lengths))
-
-    def tiles(tokens: int) -> int:
-        each = used * ceil_div(ceil_div(sizes.tokens, used), tokens)
-        return min(capacity(sizes.tokens, used, tokens), each)
-
-    return lora_prefill_space.Problem(
-        tokens=sizes.tokens,
-        hidden=sizes.hidden,
-        rank=sizes.rank,
-        outputs=sizes.outputs,
-        used_loras=used,
-        dtype=sizes.dtype,
-        longest=sizes.tokens,
-        tiles=tiles,
-        planned=True,
-        accumulate=False,
-        dependent=True,
+    return lora_prefill_space.over_plan(
+        sizes.tokens, sizes.hidden, sizes.rank, sizes.outputs, used, sizes.dtype, dependent=True
     )
 
 

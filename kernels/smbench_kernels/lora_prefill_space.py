@@ -9,6 +9,7 @@ import torch
 
 from smbench_kernels import model
 from smbench_kernels.launch import ceil_div, next_power_of_two
+from smbench_kernels.lora_plan import capacity
 from smbench_kernels.lora_prefill_kernels import COLUMNS, TOKENS, DoesNotFit, Expand, Shrink
 from smbench_kernels.op import Config
 
@@ -60,6 +61,37 @@ class Problem:
             *(config["TOKENS"], self.rank, len(self.outputs), config["CHUNKS"], config["PER_SM"]),
             *(self.dependent, self.planned, self.dtype),
         )
+
+
+def over_plan(
+    tokens: int,
+    hidden: int,
+    rank: int,
+    outputs: tuple[int, ...],
+    used_loras: int,
+    dtype: torch.dtype,
+    *,
+    dependent: bool,
+) -> Problem:
+    """The problem of a batch whose tokens a plan has sorted by LoRA, spread evenly over these."""
+
+    def tiles(length: int) -> int:
+        each = used_loras * ceil_div(ceil_div(tokens, used_loras), length)
+        return min(capacity(tokens, used_loras, length), each)
+
+    return Problem(
+        tokens=tokens,
+        hidden=hidden,
+        rank=rank,
+        outputs=outputs,
+        used_loras=used_loras,
+        dtype=dtype,
+        longest=tokens,
+        tiles=tiles,
+        planned=True,
+        accumulate=False,
+        dependent=dependent,
+    )
 
 
 def shrink_space(problem: Problem) -> list[Config]:
