@@ -20,7 +20,7 @@ from smbench.errors import UsageError
 from smbench.runner import WorkerCannotStart
 from smbench_kernels import configs
 from smbench_kernels.op import Config, Point, Prepared, Tunable
-from smbench_kernels.tune import FINAL_ROUNDS, PATIENCE, SHORTLIST, search
+from smbench_kernels.tune import FINAL_ROUNDS, PATIENCE, REFINEMENTS, SHORTLIST, search
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_tuner.py")))
 POINT: Point = {"batch": 1}
@@ -202,15 +202,18 @@ def test_a_library_that_is_not_here_leaves_ours_to_be_tuned(tmp_path: Path, monk
     assert done.lines()[0] == "vllm-tuned was not searched: vllm is not installed in this stack"
 
 
-def test_the_second_space_is_searched_around_the_winner_of_the_first() -> None:
+def test_a_space_is_searched_around_the_best_so_far_until_that_stays() -> None:
     first = tunable({1: 1.0, 2: 1.0})
-    twice = dataclasses.replace(first, refine=lambda _, config: [{"BLOCK": 10 * config["BLOCK"]}, config])
-    both = dataclasses.replace(twice, predict=lambda _point, _config, _facts: 1.0)
+    around = dataclasses.replace(first, refine=lambda _, config: [{"BLOCK": 10 * config["BLOCK"]}, config])
+    both = dataclasses.replace(around, predict=lambda _point, _config, _facts: 1.0)
+    # 2 of the space, then 20 around it, then 200 is wrong and 20 stays
     choice = search(POINT, both, {}, Clock({1: 3e-6, 2: 2e-6, 20: 1e-6}))
     assert choice is not None and choice.config == {"BLOCK": 20}
-    assert (choice.candidates, choice.timed) == (4, 4)
+    assert (choice.candidates, choice.timed) == (6, 6)
     worse = search(POINT, both, {}, Clock({1: 3e-6, 2: 2e-6, 20: 4e-6}))
-    assert worse is not None and worse.config == {"BLOCK": 2}
+    assert worse is not None and worse.config == {"BLOCK": 2} and worse.timed == 4
+    endless = search(POINT, both, {}, Clock({1: 3e-6, **{2 * 10**power: 2e-6 / 2**power for power in range(9)}}))
+    assert endless is not None and endless.config == {"BLOCK": 2 * 10**REFINEMENTS}
 
 
 def test_a_plan_with_nothing_tuned_is_refused() -> None:

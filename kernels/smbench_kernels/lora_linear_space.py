@@ -1,7 +1,7 @@
 """Search space and time model of lora_linear by our kernels. Owns no launch; `lora_linear_own` says what is chosen.
 
-A pair of launches has too many configurations to try all, so that a search goes in two steps: shrink's, each with the
-expand that the model likes best, then expand's for the best shrink.
+A pair of launches has too many configurations to try all, so that a search goes in steps: shrink's, each with the
+expand that the model likes best, then expand's for the best shrink and shrink's for the best expand, in turns.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ MOST_DECODE, MOST_MIXED = 64, 128
 """Tokens of a LoRA up to which the decode kernels are tried, and with sequences of unequal lengths among them."""
 LEAST_PREFILL = 16
 """Tokens of a LoRA from which those of `lora_prefill` are tried."""
-PAIRS = 24
-"""Configurations of shrink that a search tries."""
+PAIRS, CROSSED = 24, 7
+"""Configurations of shrink that a search tries, and how many of both parts it tries with each other."""
 OVERLAP_S = 1.3e-6
 """What the second of two launches saves by starting early: its launch and part of its first loads."""
 NEIGHBOURS = 4
@@ -67,28 +67,38 @@ def space(point: Point) -> list[Config]:
         found += _prefill_space(sizes)
     if each <= (MOST_DECODE if len(set(sizes.lengths)) == 1 else MOST_MIXED) or not found:
         found += [{KERNEL: FUSED, **config} for config in lora_decode_space.fused_space(shape)]
-        shrinks = sorted(
-            lora_decode_space.shrink_space(shape),
-            key=lambda config: lora_decode_space.shrink_seconds(shape, config, FACTS),
-        )
-        expand = min(
-            lora_decode_space.expand_space(shape),
-            key=lambda config: lora_decode_space.expand_seconds(shape, config, FACTS),
-        )
-        found += [joined(shrink, expand) for shrink in shrinks[:PAIRS]]
+        expand = _expands(shape)[0]
+        found += [joined(shrink, expand) for shrink in _likeliest_shrinks(shape)]
     return found
 
 
 def refine(point: Point, config: Config) -> list[Config]:
-    """The other expands for a pair's or the prefill kernels' shrink; nothing for one launch."""
-    if config[KERNEL] == PAIR:
-        shape = shape_of(LinearSizes.of(point))
-        shrink = {name: value for name, value in config.items() if name != KERNEL and not name.startswith(PREFIX)}
-        return [joined(shrink, expand) for expand in lora_decode_space.expand_space(shape)]
+    """What differs in one part: the expands for a pair's or the prefill kernels' shrink, the shrinks for its expand.
+
+    One launch has no parts: the likeliest pairs stand against it, each of some shrinks with each of some expands.
+    """
+    if config[KERNEL] == PREFILL:
+        return [
+            {KERNEL: PREFILL, **other} for other in lora_prefill_space.around(_problem(LinearSizes.of(point)), config)
+        ]
+    shape = shape_of(LinearSizes.of(point))
+    shrinks, expands = _likeliest_shrinks(shape), _expands(shape)
     if config[KERNEL] == FUSED:
-        return []
-    others = lora_prefill_space.other_expands(_problem(LinearSizes.of(point)), config)
-    return [{KERNEL: PREFILL, **other} for other in others]
+        return [joined(shrink, expand) for shrink in shrinks[:CROSSED] for expand in expands[:CROSSED]]
+    mine = {name: value for name, value in config.items() if name != KERNEL and not name.startswith(PREFIX)}
+    found = [joined(mine, expand) for expand in expands]
+    return found + [pair for shrink in shrinks if (pair := joined(shrink, expand_part(config))) not in found]
+
+
+def _likeliest_shrinks(shape: Shape) -> list[Config]:
+    found = lora_decode_space.shrink_space(shape)
+    return sorted(found, key=lambda config: lora_decode_space.shrink_seconds(shape, config, FACTS))[:PAIRS]
+
+
+def _expands(shape: Shape) -> list[Config]:
+    """All of them, the likeliest first."""
+    found = lora_decode_space.expand_space(shape)
+    return sorted(found, key=lambda config: lora_decode_space.expand_seconds(shape, config, FACTS))
 
 
 def predict(point: Point, config: Config, device: Mapping[str, float]) -> float:

@@ -197,11 +197,13 @@ def linear_space(problem: Problem, device: Mapping[str, float]) -> list[Config]:
     return found
 
 
-def other_expands(problem: Problem, config: Config) -> list[Config]:
-    """Configurations of `lora_prefill.linear` with the same shrink and every expand."""
+def around(problem: Problem, config: Config) -> list[Config]:
+    """Configurations of `lora_prefill.linear` with the same shrink and every expand, and the other way round."""
     shrink = {name: config[name] for name in ("TOKENS", "CLUSTER", "CHUNKS", "PER_SM")}
-    expands = [expand for expand in expand_space(problem) if expand["TOKENS"] == shrink["TOKENS"]]
-    return [linear_config(shrink, expand) for expand in expands]
+    expand = {"RUN": config["RUN"], "CHUNKS": config["EXPAND_CHUNKS"], "PER_SM": config["EXPAND_PER_SM"]}
+    expands = [other for other in expand_space(problem) if other["TOKENS"] == shrink["TOKENS"]]
+    shrinks = [other for other in shrink_space(problem) if other["TOKENS"] == shrink["TOKENS"] and other != shrink]
+    return [linear_config(shrink, other) for other in expands] + [linear_config(other, expand) for other in shrinks]
 
 
 def _tiles_of(problem: Problem) -> list[int]:

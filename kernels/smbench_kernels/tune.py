@@ -25,6 +25,8 @@ FINAL_ROUNDS = 3
 SHORTLIST_LIMIT = 1.06
 """Screened configurations within this factor of the best are timed again."""
 SHORTLIST = 8
+REFINEMENTS = 3
+"""Searches around the best so far, of a Tunable that has parts to be chosen in turns."""
 
 Clock = Callable[[Config, int], float | None]
 """Median seconds of a configuration over so many samples; None where it is wrong or does not launch."""
@@ -48,16 +50,22 @@ def search(
 ) -> Choice | None:
     """The best configuration of a point; None where none is right. `facts` are those of Tunable.predict.
 
-    A Tunable that refines is searched again around what won, and the better of the two is the choice.
+    A Tunable that refines is searched again around what won, until that stays the best, at most REFINEMENTS times.
     """
-    choice = _search(point, tunable.space(point), tunable, facts, clock, hints)
-    if choice is None or tunable.refine is None:
-        return choice
-    refined = _search(point, tunable.refine(point, choice.config), tunable, facts, clock, (choice.config, *hints))
-    if refined is None:
-        return choice
-    better = min(choice, refined, key=lambda found: found.time_s)
-    return replace(better, candidates=choice.candidates + refined.candidates, timed=choice.timed + refined.timed)
+    best = _search(point, tunable.space(point), tunable, facts, clock, hints)
+    for _ in range(REFINEMENTS if tunable.refine else 0):
+        if best is None or tunable.refine is None:
+            break
+        around = tunable.refine(point, best.config)
+        refined = _search(point, around, tunable, facts, clock, (best.config, *hints)) if around else None
+        if refined is None:
+            break
+        candidates, timed = best.candidates + refined.candidates, best.timed + refined.timed
+        settled = refined.config == best.config or refined.time_s >= best.time_s
+        best = replace(min(best, refined, key=lambda found: found.time_s), candidates=candidates, timed=timed)
+        if settled:
+            break
+    return best
 
 
 def _search(

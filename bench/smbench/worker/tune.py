@@ -238,7 +238,10 @@ def _precompile(jobs: Sequence[_Job], capability: tuple[int, int]) -> int:
     wanted: dict[str, tuple[str, str | None, Point, Config]] = {}
     for job in jobs:
         tunable, space = job.tunable, job.tunable.space(job.axes)
-        for config in [*space, *(tunable.refine(job.axes, space[0]) if tunable.refine and space else ())]:
+        if (refine := tunable.refine) and space:
+            # a space may begin and end with different kernels, each with its own surroundings
+            space = [*space, *refine(job.axes, space[0]), *refine(job.axes, space[-1])]
+        for config in space:
             wanted.setdefault(tunable.binary(job.axes, config), (job.op.name, job.provider, job.axes, config))
     tasks = list(wanted.values())
     if not tasks:
