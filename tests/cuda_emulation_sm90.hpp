@@ -104,6 +104,11 @@ static void release(unsigned barrier)
 }
 static void meet_all() { __syncthreads(); }
 static std::map<std::pair<unsigned, int>, int> meetings;
+template <int THREADS> static void announce(int barrier)
+{
+    ++meetings[std::make_pair(block_in_cluster(), barrier)];
+    ++progress;
+}
 template <int THREADS> static void meet(int barrier)
 {
     const auto key = std::make_pair(block_in_cluster(), barrier);
@@ -254,10 +259,13 @@ static float4 load_four_past_l1(const float *from)
 // ------------------------------------------------------------------------------------------------------------ products
 // 14 bits hold an address of this block in units of 16 bytes
 static word64 by_columns(unsigned tile) { return 1ull << 62 | 64ull << 32 | 1ull << 16 | (tile & 0x3ffff) >> 4; }
-struct Product { float *sums; int count; word64 a, b; bool add; };
+/* the first operand of a product from registers: two rows of a thread, which it has from the four that share them */
+struct Held { float rows[2][16]; };
+struct Product { float *sums; int count; word64 a, b; bool add; std::shared_ptr<Held> held = nullptr; };
 static std::map<const Fiber *, std::deque<std::vector<Product>>> products;
 static void start_products() {}
 template <int N> static void settle(float (&)[N]) {}
+template <int N> static void settle(unsigned (&)[N]) {}
 template <int N> static void ask_product(float (&sums)[N], word64 a, word64 b, bool add)
 {
     auto &groups = products[current];
@@ -268,6 +276,18 @@ template <int N> static void ask_product(float (&sums)[N], word64 a, word64 b, b
 template <int N> static void multiply(float (&sums)[N], word64 a, word64 b, int add) { ask_product(sums, a, b, add); }
 template <int N> static void multiply(float (&sums)[N], word64 a, word64 b) { ask_product(sums, a, b, false); }
 template <int N> static void multiply_add(float (&sums)[N], word64 a, word64 b) { ask_product(sums, a, b, true); }
+template <int N> static void multiply_add(float (&sums)[N], const unsigned *a, word64 b)
+{
+    auto held = std::make_shared<Held>();
+    for (int sharer = 0; sharer < 4; ++sharer)
+        for (int i = 0; i < 4; ++i) {
+            const unsigned two = __shfl_sync(~0u, a[i], lane() / 4 * 4 + sharer);
+            held->rows[i % 2][i / 2 * 8 + sharer * 2] = widened(static_cast<element>(two));
+            held->rows[i % 2][i / 2 * 8 + sharer * 2 + 1] = widened(static_cast<element>(two >> 16));
+        }
+    ask_product(sums, 0, b, true);
+    products[current].back().back().held = held;
+}
 static void commit_products() { products[current].emplace_back(); }
 // bit 61, which the hardware does not read, says that an operand is read along its rows
 constexpr word64 ALONG_ROWS = 1ull << 61;
@@ -276,6 +296,7 @@ template <int ROWS> static word64 by_rows(unsigned tile)
     return 1ull << 62 | ALONG_ROWS | 64ull << 32 | static_cast<word64>(ROWS * 128 / 16) << 16 | (tile & 0x3ffff) >> 4;
 }
 static word64 rows_at(int k) { return static_cast<word64>(k * (16 * 128 / 16)); }
+template <int ROWS> static word64 columns_at(int k) { return static_cast<word64>(k / 4 * (ROWS * 128 / 16) + k % 4 * 2); }
 static float operand(word64 descriptor, int row, int k)
 {
     if (descriptor & ALONG_ROWS) {
@@ -298,7 +319,7 @@ static void perform(const Product &product)
         const int row = warp * 16 + lane() / 4 + e / 2 % 2 * 8, column = e / 4 * 8 + lane() % 4 * 2 + e % 2;
         float sum = 0;
         for (int k = 0; k < 16; ++k)
-            sum += operand(product.a, row, k) * operand(product.b, column, k);
+            sum += (product.held ? product.held->rows[e / 2 % 2][k] : operand(product.a, row, k)) * operand(product.b, column, k);
         product.sums[e] = product.add ? product.sums[e] + sum : sum;
     }
 }
