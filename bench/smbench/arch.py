@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, StrictInt, ValidationError, model_validator
 
 from smbench.errors import CorruptError, UsageError
-from smbench.recipe import Table, explain
+from smbench.faults import explain
+from smbench.recipe import Table
 
 FORMAT = 2
 """Version of the archs.toml format. History: 1 = arch and device rows; 2 = base, worker and stack rows."""

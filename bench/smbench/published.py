@@ -19,6 +19,7 @@ from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr, Valid
 from smbench.cell import AxisValue
 from smbench.errors import CorruptError, UsageError
 from smbench.expression import evaluate
+from smbench.faults import explain
 from smbench.published_facts import (
     DEVICE_NUMBERS,
     Expectation,
@@ -33,7 +34,7 @@ from smbench.published_facts import (
     resolved,
 )
 from smbench.published_table import UNITS, Block, Column, PublishedTable, Settings
-from smbench.recipe import Table, explain
+from smbench.recipe import Table
 
 __all__ = ["UNITS", "Column", "Point", "Published", "PublishedTable", "find", "load", "names", "parse"]
 

@@ -9,7 +9,8 @@ from typing import Annotated
 from pydantic import Field, ValidationError
 
 from smbench.errors import CorruptError, UsageError
-from smbench.recipe import Table, explain
+from smbench.faults import explain
+from smbench.recipe import Table
 
 FORMAT = 1
 """Version of the file's format. History: 1 = first."""
