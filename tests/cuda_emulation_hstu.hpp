@@ -1,5 +1,7 @@
 // What the HSTU attention kernels use beyond cuda_emulation_sm90.hpp: tiles of heads and of pages, SiLU, rows to memory.
 // All thread blocks of a grid run as one cluster, at once, since they wait for each other. Comes before the sources.
+#include <deque>
+
 constexpr int GROUP_THREADS = 128, CHUNK = 64, ROW_BYTES = CHUNK * 2, HEAD = 256;
 struct alignas(16) Four { float x, y, z, w; };
 static Four load_four(const Four *from)
@@ -27,7 +29,7 @@ template <int N> static void pack(unsigned (&to)[N / 2], const float (&from)[N])
 static void silu(float s, float half_alpha, float &value, float &)
 {
     const float half = s * half_alpha;
-    value = half * std::tanh(half) + half;
+    value = half * tanhf(half) + half;
 }
 template <int ROWS> static void copy_tile(unsigned to, const TensorMap &map, int head, int row, unsigned barrier)
 {

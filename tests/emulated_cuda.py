@@ -1,4 +1,7 @@
-"""Kernels in CUDA C++ on a processor: compiled by a C++ compiler against `cuda_emulation.hpp`, run by fibers."""
+"""Kernels in CUDA C++ on a processor: compiled by a C++ compiler against `cuda_emulation.hpp`, run by fibers.
+
+The emulation itself is compiled once for all kernels of a session, and well, since it is where the time of a run goes.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ from smbench_kernels import cuda_primitives, lora_primitives
 
 HEADER = Path(__file__).with_name("cuda_emulation.hpp")
 COMPILER = shutil.which("g++") or shutil.which("clang++")
-OPTIONS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-Wl,-z,noexecstack")
+EMULATION = HEADER.with_suffix(".cpp")
+# fibers change stacks by longjmp, which fortified libraries take for a fault
+OPTIONS = ("-std=c++17", "-fPIC", "-w", "-fvisibility=hidden", "-U_FORTIFY_SOURCE")
 
 
 @cache
@@ -35,16 +40,30 @@ def library(source: str, names: tuple[str, ...], macros: tuple[tuple[str, int], 
     )
     defined = "".join(f"#define {name} {value}\n" for name, value in macros)
     text = defined + f'#include "{HEADER}"\n' + own + "".join(f"\nEMULATED({name})" for name in names)
-    return compiled(text)
+    return compiled(text, EMULATION)
 
 
-def compiled(text: str) -> ctypes.CDLL:
-    """C++ as a loaded library."""
+@cache
+def emulation(source: Path) -> bytes:
+    """A part of the emulation as an object file."""
+    assert COMPILER
+    with tempfile.TemporaryDirectory(prefix="smbench-emulated-") as folder:
+        built = Path(folder) / "emulation.o"
+        subprocess.run([COMPILER, *OPTIONS, "-O2", "-c", "-o", str(built), str(source)], check=True)
+        return built.read_bytes()
+
+
+def compiled(text: str, *parts: Path) -> ctypes.CDLL:
+    """C++ with these parts of the emulation as a loaded library, whose state is its own."""
     assert COMPILER
     with tempfile.TemporaryDirectory(prefix="smbench-emulated-") as folder:
         code, built = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
         code.write_text(text, encoding="utf-8")
-        subprocess.run([COMPILER, *OPTIONS, "-o", str(built), str(code)], check=True)
+        objects = [code.with_name(f"{part.stem}.o") for part in parts]
+        for path, part in zip(objects, parts, strict=True):
+            path.write_bytes(emulation(part))
+        linked = ["-shared", "-Wl,-z,noexecstack", "-o", str(built), str(code), *map(str, objects)]
+        subprocess.run([COMPILER, *OPTIONS, "-O1", *linked], check=True)
         return ctypes.CDLL(str(built))
 
 

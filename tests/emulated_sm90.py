@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from emulated_cuda import compiled
+import emulated_cuda
 
 HEADER = Path(__file__).with_name("cuda_emulation_sm90.hpp")
 MAP_WORDS = 16
@@ -25,7 +25,7 @@ def library(source: str, name: str, macros: tuple[tuple[str, int], ...]) -> ctyp
     own = re.sub(r"extern __shared__ unsigned char (\w+)\[\];", r"unsigned char *\1 = block_memory();", source)
     defined = "".join(f"#define {key} {value}\n" for key, value in macros)
     text = f'{defined}#include "{HEADER}"\n{own}\nEMULATED_CLUSTERS({name})'
-    return compiled(text)
+    return emulated_cuda.compiled(text, emulated_cuda.EMULATION, HEADER.with_suffix(".cpp"))
 
 
 def tensor_map(

@@ -23,7 +23,7 @@ ROUNDING = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 LEAVES = r"""
 constexpr int GROUP_THREADS = 128, CHUNK = 64, ROW_BYTES = CHUNK * 2;
 static unsigned load_pair(const element *from) { unsigned found; std::memcpy(&found, from, 4); return found; }
-static float hyperbolic_tangent(float x) { return std::tanh(x); }
+static float hyperbolic_tangent(float x) { return tanhf(x); }
 struct Eight { unsigned words[4]; };
 static Eight load_eight(const element *from)
 {
@@ -35,7 +35,7 @@ static Eight load_eight(const element *from)
 }
 static Eight load_parameters(const element *from) { return load_eight(from); }
 static void store_eight(element *to, const Eight &eight) { std::memcpy(to, &eight, 16); }
-static float inverse_root(float x) { return 1 / std::sqrt(x); }
+static float inverse_root(float x) { return 1 / sqrtf(x); }
 """
 
 

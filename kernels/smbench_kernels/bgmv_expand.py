@@ -1,13 +1,12 @@
-"""bgmv_expand: y[t] += x[t] . B[lora(t)]^T, one LoRA index per token. Owns its portable kernels, their space.
+"""bgmv_expand: y[t] += x[t] . B[lora(t)]^T, one LoRA index per token. Owns its portable kernel and its space.
 
-On a GPU with libnvrtc the decode kernels in CUDA C++ (`lora_decode`) serve it; these, in Triton, need no metadata, run
-under the interpreter, and are what configurations without `KERNEL` in the shipped files mean.
+On a GPU with libnvrtc the decode kernels in CUDA C++ (`lora_decode`) serve it; this one, in Triton, needs no metadata,
+runs under the interpreter, and is what configurations without `KERNEL` in the shipped files mean.
 
-Grid (tokens, SPLIT_N): a program owns neighbouring blocks of BLOCK_N outputs, so N need not divide by the split and no
-result is shared between programs. With GROUP 1 it serves one token with plain multiply-adds; rows of B are contiguous,
-so that a block is one stretch of memory when the rank is a power of two. With GROUP 16 the first token of every 16 with
-the same LoRA takes all of them through the tensor cores, and the programs of the others end at once. x is rounded to
-the weights' type for the tensor cores only; accumulation is float32, and y is rounded once.
+Grid (tokens, SPLIT_N): a program owns neighbouring blocks of BLOCK_N outputs of one token, so N need not divide by the
+split and no result is shared between programs. It computes them by plain multiply-adds; rows of B are contiguous, so
+that a block is one stretch of memory when the rank is a power of two. x is not rounded, accumulation is float32, and y
+is rounded once.
 """
 
 from __future__ import annotations
@@ -18,9 +17,8 @@ from typing import Any
 import triton.language as tl
 
 from smbench_kernels import hardware, lora_decode_wide, model
-from smbench_kernels.launch import SHARED_BYTES, Call, Workspace, ceil_div, jit, next_power_of_two
+from smbench_kernels.launch import Call, Workspace, ceil_div, jit, next_power_of_two
 from smbench_kernels.lora import Sizes, make_op
-from smbench_kernels.lora_tiles import expand_tile, place_in_group
 from smbench_kernels.model import Plan
 from smbench_kernels.op import Config, Point
 from smbench_kernels.own import OwnKernel
@@ -31,9 +29,6 @@ WEIGHTS_PER_THREAD = 64
 """Most weights that a thread may hold at once without spilling: each is widened to float32 in its own register."""
 
 MOST_CONTENDERS = 16
-
-MAX_GROUPED_TOKENS = 512
-"""Most tokens among which each program looks for its group."""
 
 
 @jit(do_not_specialize=["blocks"])
@@ -68,48 +63,6 @@ def _bgmv_expand(
         tl.store(y_row + cols, (y.to(tl.float32) + change).to(y_ptr.dtype.element_ty), mask=col_ok)
 
 
-@jit(do_not_specialize=["tokens", "blocks"])
-def _bgmv_expand_grouped(
-    x_ptr: tl.tensor,
-    b_ptr: tl.tensor,
-    y_ptr: tl.tensor,
-    indices_ptr: tl.tensor,
-    tokens: tl.tensor,
-    hidden: tl.tensor,
-    rank: tl.tensor,
-    blocks: tl.tensor,
-    GROUP: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    STEPS_R: tl.constexpr,
-) -> None:
-    token = tl.program_id(0)
-    lora = tl.load(indices_ptr + token)
-    if lora < 0:
-        return
-    before, has_place = place_in_group(indices_ptr, token, lora, tokens, GROUP, BLOCK_T)
-    if before % GROUP != 0:
-        return
-    # 64-bit: T * h and L * h * r pass 2**31 at sizes that engines use
-    members = tl.sum(has_place.to(tl.int32) * tl.arange(0, BLOCK_T)[None, :], axis=1).to(tl.int64)
-    m_ok = tl.sum(has_place.to(tl.int32), axis=1) > 0
-    for block in range(0, blocks):
-        expand_tile(
-            x_ptr + members[:, None] * rank,
-            m_ok,
-            b_ptr + lora.to(tl.int64) * hidden * rank,
-            y_ptr + members[:, None] * hidden,
-            (tl.program_id(1) * blocks + block) * BLOCK_N,
-            hidden,
-            rank,
-            GROUP,
-            BLOCK_N,
-            BLOCK_R,
-            STEPS_R,
-        )
-
-
 def workspace_sizes(point: Point, config: Config) -> tuple[int, int]:
     """None: every output has one owner."""
     return 0, 0
@@ -122,25 +75,12 @@ def call(point: Point, inputs: Mapping[str, Any], workspace: Workspace, config: 
     options = {"num_warps": config["num_warps"]}
     blocks = ceil_div(ceil_div(sizes.hidden, config["BLOCK_N"]), config["SPLIT_N"])
     grid = (sizes.tokens, config["SPLIT_N"], 1)
-    if config["GROUP"] == 1:
-        block_r = next_power_of_two(sizes.rank)
-        arguments = (*tensors, sizes.hidden, sizes.rank, blocks, config["BLOCK_N"], block_r)
-        return Call(_bgmv_expand, grid, arguments, options)
-    block_t = max(16, next_power_of_two(sizes.tokens))
-    block_r = min(128, max(16, next_power_of_two(sizes.rank)))
-    numbers = (sizes.tokens, sizes.hidden, sizes.rank, blocks)
-    constants = (config["GROUP"], block_t, config["BLOCK_N"], block_r, ceil_div(sizes.rank, block_r))
-    return Call(_bgmv_expand_grouped, grid, (*tensors, *numbers, *constants), options)
-
-
-def _tile_bytes(sizes: Sizes, config: Config) -> int:
-    """Shared memory of the tiles of a group: two blocks of weights and x in flight, one of outputs."""
-    ranks, block_n = max(16, next_power_of_two(sizes.rank)), config["BLOCK_N"]
-    return 2 * ranks * (2 * block_n + 4 * config["GROUP"]) + 2 * config["GROUP"] * block_n
+    constants = (config["BLOCK_N"], next_power_of_two(sizes.rank))
+    return Call(_bgmv_expand, grid, (*tensors, sizes.hidden, sizes.rank, blocks, *constants), options)
 
 
 def space(point: Point) -> list[Config]:
-    """The document's blocks, splits and warps; fewer warps, splits up to 1024 and groups of tokens besides.
+    """The document's blocks, splits and warps; fewer warps and splits up to 1024 besides.
 
     Left out is what would do the same work with idle programs, and blocks of more weights than a thread can hold.
     """
@@ -156,35 +96,24 @@ def space(point: Point) -> list[Config]:
                 # the least block is always allowed, whatever the rank
                 held = block_n * next_power_of_two(sizes.rank) // (32 * num_warps)
                 if held <= WEIGHTS_PER_THREAD or (block_n, num_warps) == (32, 8):
-                    found.append({"GROUP": 1, "BLOCK_N": block_n, "SPLIT_N": split, "num_warps": num_warps})
-            if 1 < sizes.tokens <= MAX_GROUPED_TOKENS and 64 <= block_n <= 256:
-                config = {"GROUP": 16, "BLOCK_N": block_n, "SPLIT_N": split, "num_warps": 4}
-                if _tile_bytes(sizes, config) <= SHARED_BYTES:
-                    found.append(config)
+                    found.append({"BLOCK_N": block_n, "SPLIT_N": split, "num_warps": num_warps})
     return found
 
 
 def plan(point: Point, config: Config) -> Plan:
     """What a configuration does, for the time model."""
     sizes = Sizes.of(point)
-    group = config["GROUP"]
     split = config["SPLIT_N"]
-    # tokens spread evenly over the LoRAs
-    used = min(sizes.loras, sizes.tokens)
-    groups = used * ceil_div(ceil_div(sizes.tokens, used), group)
     weights = sizes.hidden * sizes.rank
     y = sizes.tokens * sizes.hidden
     return Plan(
-        programs=groups * split,
+        programs=sizes.tokens * split,
         threads=32 * config["num_warps"],
-        # grouping takes about as long as a load
-        rounds=ceil_div(ceil_div(sizes.hidden, config["BLOCK_N"]), split) + (group > 1),
-        device_bytes=2.0 * used * weights + 4.0 * y,
-        cache_bytes=2.0 * groups * weights + 4.0 * y + 4.0 * sizes.tokens * split * sizes.rank,
+        rounds=ceil_div(ceil_div(sizes.hidden, config["BLOCK_N"]), split),
+        device_bytes=2.0 * min(sizes.loras, sizes.tokens) * weights + 4.0 * y,
+        cache_bytes=2.0 * sizes.tokens * weights + 4.0 * y + 4.0 * sizes.tokens * split * sizes.rank,
         # convert and multiply-add each weight, load several at once, shuffle and round each output
-        operations=sizes.tokens * weights * 2.2 + y * 8.0 if group == 1 else 0.0,
-        shared_bytes=_tile_bytes(sizes, config) if group > 1 else 0,
-        idle_programs=(sizes.tokens - groups) * split,
+        operations=sizes.tokens * weights * 2.2 + y * 8.0,
     )
 
 
@@ -193,7 +122,7 @@ def contenders(point: Point) -> list[Config]:
     sizes = Sizes.of(point)
     if sizes.tokens > 64 or sizes.rank > 16:
         return []
-    small = [config for config in space(point) if config["GROUP"] == 1 and config["num_warps"] <= 2]
+    small = [config for config in space(point) if config["num_warps"] <= 2]
     h200 = hardware.TYPICAL[90].facts()
     return sorted(small, key=lambda config: model.seconds(plan(point, config), h200))[:MOST_CONTENDERS]
 

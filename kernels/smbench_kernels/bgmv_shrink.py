@@ -1,13 +1,12 @@
-"""bgmv_shrink: y[t] += SCALE * x[t] . A[lora(t)]^T, one LoRA index per token. Owns its portable kernels, their space.
+"""bgmv_shrink: y[t] += SCALE * x[t] . A[lora(t)]^T, one LoRA index per token. Owns its portable kernel and its space.
 
-On a GPU with libnvrtc the decode kernels in CUDA C++ (`lora_decode`) serve it; these, in Triton, need no metadata, run
-under the interpreter, and are what configurations without `KERNEL` in the shipped files mean.
+On a GPU with libnvrtc the decode kernels in CUDA C++ (`lora_decode`) serve it; this one, in Triton, needs no metadata,
+runs under the interpreter, and is what configurations without `KERNEL` in the shipped files mean.
 
-Grid (tokens, SPLIT_K, rank tiles). With GROUP 1 a program multiplies BLOCK_R rows of A with its share of one token's
-columns by plain multiply-adds: a single token gives a tensor core nothing to share. With GROUP 16 the first token of
-every 16 with the same LoRA takes all of them through the tensor cores, which reads the weights once for 16 tokens, and
-the programs of the others end at once. Where the columns are split, partial sums go to a workspace and the last program
-to arrive adds them in a fixed order: the same bits on every run, no zero-filled output, no float atomics.
+Grid (tokens, SPLIT_K, rank tiles). A program multiplies BLOCK_R rows of A with its share of one token's columns by
+plain multiply-adds: a single token gives a tensor core nothing to share, and tokens of one LoRA share nothing here.
+Where the columns are split, partial sums go to a workspace and the last program to arrive adds them in a fixed order:
+the same bits on every run, no zero-filled output, no float atomics.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import triton.language as tl
 from smbench_kernels import hardware, lora_decode_ops, model
 from smbench_kernels.launch import Call, Workspace, ceil_div, jit, next_power_of_two
 from smbench_kernels.lora import SCALE, Sizes, make_op
-from smbench_kernels.lora_tiles import place_in_group, shrink_tile
 from smbench_kernels.model import Plan
 from smbench_kernels.op import Config, Point
 from smbench_kernels.own import OwnKernel
@@ -31,9 +29,6 @@ OP = make_op(
 
 WEIGHTS_PER_THREAD = 32
 """Weights that a thread holds at once: four loads of 16 bytes in flight, and few enough registers not to spill."""
-
-MAX_GROUPED_TOKENS = 512
-"""Most tokens among which each program looks for its group."""
 
 SHORT_HIDDEN, MOST_TOKENS, FEW_TOKENS, MOST_CONTENDERS = 6400, 64, 8, 16
 """Where this kernel may be faster than the CUDA one, and how many of its configurations are tried there."""
@@ -101,63 +96,12 @@ def _bgmv_shrink(
             tl.store(counters_ptr + slot, 0)
 
 
-@jit(do_not_specialize=["tokens", "split"])
-def _bgmv_shrink_grouped(
-    x_ptr: tl.tensor,
-    a_ptr: tl.tensor,
-    y_ptr: tl.tensor,
-    indices_ptr: tl.tensor,
-    partials_ptr: tl.tensor,
-    counters_ptr: tl.tensor,
-    scale: tl.tensor,
-    tokens: tl.tensor,
-    hidden: tl.tensor,
-    rank: tl.tensor,
-    split: tl.tensor,
-    GROUP: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-) -> None:
-    token = tl.program_id(0)
-    lora = tl.load(indices_ptr + token)
-    if lora < 0:
-        return
-    before, has_place = place_in_group(indices_ptr, token, lora, tokens, GROUP, BLOCK_T)
-    if before % GROUP != 0:
-        return
-    # 64-bit: T * h and L * r * h pass 2**31 at sizes that engines use
-    members = tl.sum(has_place.to(tl.int32) * tl.arange(0, BLOCK_T)[None, :], axis=1).to(tl.int64)
-    shrink_tile(
-        x_ptr + members[:, None] * hidden,
-        tl.sum(has_place.to(tl.int32), axis=1) > 0,
-        a_ptr + lora.to(tl.int64) * rank * hidden,
-        y_ptr + members[:, None] * rank,
-        partials_ptr,
-        counters_ptr,
-        token * tl.num_programs(2) + tl.program_id(2),
-        tl.program_id(1),
-        tl.program_id(2),
-        scale,
-        hidden,
-        rank,
-        split,
-        GROUP,
-        BLOCK_R,
-        BLOCK_K,
-        EVEN_K,
-        BLOCK_S,
-    )
-
-
 def workspace_sizes(point: Point, config: Config) -> tuple[int, int]:
     """Partial sums and counters that a configuration needs."""
     sizes = Sizes.of(point)
     split = config["SPLIT_K"]
     slots = sizes.tokens * ceil_div(sizes.rank, config["BLOCK_R"])
-    return (slots * split * config["GROUP"] * config["BLOCK_R"], slots) if split > 1 else (0, 0)
+    return (slots * split * config["BLOCK_R"], slots) if split > 1 else (0, 0)
 
 
 def call(point: Point, inputs: Mapping[str, Any], workspace: Workspace, config: Config) -> Call:
@@ -167,22 +111,14 @@ def call(point: Point, inputs: Mapping[str, Any], workspace: Workspace, config: 
     grid = (sizes.tokens, config["SPLIT_K"], ceil_div(sizes.rank, block_r))
     tensors = (inputs["x"], inputs["weights"], inputs["y"], inputs["indices"], workspace.partials, workspace.counters)
     shape = (sizes.hidden, sizes.rank, config["SPLIT_K"])
-    if config["GROUP"] == 1:
-        # the last program loads 16 partial sums per thread at a time
-        block_s = min(256, max(4, 512 * config["num_warps"] // block_r))
-        arguments = (*tensors, SCALE, *shape, block_r, config["BLOCK_K"], block_s)
-        return Call(_bgmv_shrink, grid, arguments, {"num_warps": config["num_warps"]})
-    block_t = max(16, next_power_of_two(sizes.tokens))
-    # the last program loads 64 partial sums per thread at a time
-    block_s = max(1, min(16, 2048 * config["num_warps"] // (config["GROUP"] * block_r)))
-    even = sizes.hidden % config["BLOCK_K"] == 0
-    constants = (config["GROUP"], block_t, block_r, config["BLOCK_K"], even, block_s)
-    options = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
-    return Call(_bgmv_shrink_grouped, grid, (*tensors, SCALE, sizes.tokens, *shape, *constants), options)
+    # the last program loads 16 partial sums per thread at a time
+    block_s = min(256, max(4, 512 * config["num_warps"] // block_r))
+    arguments = (*tensors, SCALE, *shape, block_r, config["BLOCK_K"], block_s)
+    return Call(_bgmv_shrink, grid, arguments, {"num_warps": config["num_warps"]})
 
 
 def space(point: Point) -> list[Config]:
-    """The document's blocks, splits and warps; larger blocks, fewer warps, and groups of tokens besides.
+    """The document's blocks, splits and warps; larger blocks and fewer warps besides.
 
     Left out is what would do the same work with idle programs: blocks past the hidden size, splits past the number of
     blocks. BLOCK_R follows from what a thread can hold, so that a wide block takes few rows and many programs.
@@ -200,37 +136,28 @@ def space(point: Point) -> list[Config]:
             for num_warps in (1, 2, 4, 8):
                 rows = num_warps * 32 * WEIGHTS_PER_THREAD // block_k
                 if rows:
-                    found.append({"GROUP": 1, "BLOCK_R": min(rows, ranks, 64), **blocks, "num_warps": num_warps})
-            if 1 < sizes.tokens <= MAX_GROUPED_TOKENS and 64 <= block_k <= 256:
-                block_r = min(64, max(16, ranks))
-                found.append({"GROUP": 16, "BLOCK_R": block_r, **blocks, "num_warps": 4, "num_stages": 3})
+                    found.append({"BLOCK_R": min(rows, ranks, 64), **blocks, "num_warps": num_warps})
     return found
 
 
 def plan(point: Point, config: Config) -> Plan:
     """What a configuration does, for the time model."""
     sizes = Sizes.of(point)
-    group, block_r, split = config["GROUP"], config["BLOCK_R"], config["SPLIT_K"]
+    block_r, split = config["BLOCK_R"], config["SPLIT_K"]
     tiles = ceil_div(sizes.rank, block_r)
-    blocks = ceil_div(ceil_div(sizes.hidden, config["BLOCK_K"]), split)
-    # tokens spread evenly over the LoRAs
-    used = min(sizes.loras, sizes.tokens)
-    groups = used * ceil_div(ceil_div(sizes.tokens, used), group)
+    programs = sizes.tokens * split * tiles
     x = sizes.tokens * sizes.hidden
     weights = sizes.rank * sizes.hidden
-    partials = groups * tiles * split * group * block_r if split > 1 else 0
+    partials = programs * block_r if split > 1 else 0
     return Plan(
-        programs=groups * split * tiles,
+        programs=programs,
         threads=32 * config["num_warps"],
-        # grouping takes about as long as a load; grouped loads run num_stages - 1 blocks ahead
-        rounds=blocks if group == 1 else 2 + (blocks - 1) / (config["num_stages"] - 1),
-        device_bytes=2.0 * (used * weights + x),
-        cache_bytes=2.0 * (groups * weights + x * tiles) + 8.0 * partials,
+        rounds=ceil_div(ceil_div(sizes.hidden, config["BLOCK_K"]), split),
+        device_bytes=2.0 * (min(sizes.loras, sizes.tokens) * weights + x),
+        cache_bytes=2.0 * (sizes.tokens * weights + x * tiles) + 8.0 * partials,
         # convert and multiply-add each weight, load several at once, share x among rows
-        operations=sizes.tokens * weights * (2.2 + 1.5 / block_r) if group == 1 else 0.0,
-        reduced_bytes=4.0 * split * group * block_r if split > 1 else 0.0,
-        shared_bytes=0 if group == 1 else config["num_stages"] * 2 * config["BLOCK_K"] * (group + block_r),
-        idle_programs=(sizes.tokens - groups) * split * tiles,
+        operations=sizes.tokens * weights * (2.2 + 1.5 / block_r),
+        reduced_bytes=4.0 * split * block_r if split > 1 else 0.0,
     )
 
 
@@ -241,7 +168,7 @@ def contenders(point: Point) -> list[Config]:
     short = sizes.hidden <= SHORT_HIDDEN and sizes.tokens <= MOST_TOKENS
     if not short and sizes.tokens > FEW_TOKENS:
         return []
-    found = [config for config in space(point) if config["GROUP"] == 1 and (not short or config["SPLIT_K"] == 1)]
+    found = [config for config in space(point) if not short or config["SPLIT_K"] == 1]
     h200 = hardware.TYPICAL[90].facts()
     return sorted(found, key=lambda config: model.seconds(plan(point, config), h200))[:MOST_CONTENDERS]
 

@@ -1,4 +1,4 @@
-"""Tensor-core tiles that bgmv and sgmv share: which tokens go together, one tile of shrink, one tile of expand.
+"""Tensor-core tiles that the portable kernels of sgmv and lora_linear share: one of shrink, one of expand.
 
 Device functions only. Owns no grid and no configuration.
 """
@@ -8,27 +8,6 @@ from __future__ import annotations
 import triton.language as tl
 
 from smbench_kernels.launch import jit
-
-
-@jit()
-def place_in_group(
-    indices_ptr: tl.tensor,
-    token: tl.tensor,
-    lora: tl.tensor,
-    tokens: tl.tensor,
-    GROUP: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-) -> tl.tensor:
-    """How many tokens before this one share its LoRA, and the place of every token among those from this one on.
-
-    Each program finds its group from the indices themselves, so that no metadata has to be built on the host and the
-    indices may change between replays of a graph. Returns a scalar and [GROUP, BLOCK_T]: whether a token has a place.
-    """
-    others = tl.arange(0, BLOCK_T)
-    same = (tl.load(indices_ptr + others, mask=others < tokens, other=-1) == lora).to(tl.int32)
-    before = tl.sum(same * (others < token).to(tl.int32), axis=0)
-    place = tl.cumsum(same, axis=0) - 1 - before
-    return before, (place[None, :] == tl.arange(0, GROUP)[:, None]) & (same[None, :] == 1)
 
 
 @jit()

@@ -20,6 +20,8 @@ CAPABILITIES = (80, 86, 89, 90)
 OPS = ("bgmv_shrink", "bgmv_expand", "sgmv_shrink", "sgmv_expand")
 SPILL_LIMIT_BYTES = 16
 """Of one thread: ptxas parks a value or two outside of loops though registers are left, which costs nothing."""
+CARDS = {"NVIDIA_H200": 90}
+"""Capability of the cards that shipped configurations are for; those of a card with no row are compiled for all."""
 SAMPLE = 3
 """Configurations of each search space that one run compiles, besides defaults and shipped ones."""
 
@@ -42,7 +44,7 @@ def point_of(name: str, batch: int, hidden: int, rank: int, dtype: str) -> Point
 
 
 def chosen(name: str, capability: int) -> Iterator[tuple[Point, Config]]:
-    """What is compiled for an operation and a capability: defaults, shipped configurations, a sample of the space.
+    """What is compiled for an operation and a capability: defaults, what is shipped for it, a sample of the space.
 
     All of the portable kernels; those in CUDA C++ have files of their own.
     """
@@ -56,7 +58,7 @@ def chosen(name: str, capability: int) -> Iterator[tuple[Point, Config]]:
     ):
         yield point, kernel.portable_config(point, device)
     for path in sorted(configs.ROOT.glob(f"*/{name}.json")):
-        for entry in configs.load(path).entries:
+        for entry in configs.load(path).entries if CARDS.get(path.parent.name, capability) == capability else ():
             if KERNEL not in entry.config:
                 yield entry.point, entry.config
     point = point_of(name, 16, 14336, 64, "float16")

@@ -39,7 +39,7 @@ def point_of(rank: int, hidden: int = 4096, seq_len: int = 512) -> Point:
 @pytest.mark.parametrize("kernel", CASES, ids=str)
 def test_the_kernel_compiles_without_spilling(kernel: Shrink | Expand, tmp_path: Path) -> None:
     cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(nvrtc.compile_source(kernels.source(kernel), kernel.macros, f"{kernels.CAPABILITY}a"))
+    cubin.write_bytes(nvrtc.compiled(kernels.source(kernel), kernel.macros, f"{kernels.CAPABILITY}a"))
     command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(cubin)]
     dump = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "STACK:0" in dump
