@@ -80,6 +80,7 @@ def test_cards_get_what_they_can_run(name: str) -> None:
     assert all("TOKENS" not in config for config in kernel.tuning_space(odd))
 
 
+@pytest.mark.usefixtures("compiler")
 def test_many_tokens_of_one_lora_may_be_expanded_by_the_wide_kernel() -> None:
     """On Hopper, where a LoRA has tokens enough; by default too, as far as the model likes it. Never elsewhere."""
     kernel: OwnKernel = load("smbench_kernels.bgmv_expand:KERNEL")
