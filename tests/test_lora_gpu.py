@@ -12,10 +12,10 @@ import torch
 
 from smbench.worker.timing import Flush
 from smbench.worker.tune import PointClock
-from smbench_kernels import hardware, lora
+from smbench_kernels import hardware, lora, lora_decode_wide
 from smbench_kernels.launch import Workspace
 from smbench_kernels.op import Config, Inputs, Point, Prepared, load
-from smbench_kernels.own import OwnKernel
+from smbench_kernels.own import KERNEL, OwnKernel
 from smbench_kernels.registry import op as find_op
 
 pytestmark = pytest.mark.gpu
@@ -106,6 +106,32 @@ def test_a_graph_is_replayed_for_other_indices(name: str, most_split: bool) -> N
         # once per step, for all layers: kernels that take a plan have it filled here
         prepared.begin()
         check(name, point, inputs, graph.replay)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="for Hopper")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("batch", "hidden", "rank", "loras"), [(130, 1000, 16, 2), (256, 4104, 64, 1), (200, 520, 136, 4)]
+)
+def test_many_tokens_of_a_lora_are_expanded_over_a_plan(
+    batch: int, hidden: int, rank: int, loras: int, dtype: str
+) -> None:
+    """By prefill's kernel: tokens in any order, some without a LoRA, other indices when the graph is replayed."""
+    point = {**point_of("bgmv_expand", batch, hidden, rank, dtype), "num_loras": loras}
+    tunable = find_op("bgmv_expand").tuning()
+    wide = [config for config in tunable.space(point) if config.get(KERNEL) == lora_decode_wide.NUMBER]
+    assert wide
+    for config in wide[::3]:
+        inputs = make("bgmv_expand", point, 2, no_lora=batch // 8)
+        prepared = tunable.prepare(point, inputs, config)
+        check("bgmv_expand", point, inputs, prepared.run)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            prepared.run()
+        for none in (0, 5):
+            inputs["indices"].copy_(lora.draw_indices(batch, loras, none, none))
+            prepared.begin()
+            check("bgmv_expand", point, inputs, graph.replay)
 
 
 def test_what_a_candidate_of_the_tuner_works_in_stays_allocated() -> None:
