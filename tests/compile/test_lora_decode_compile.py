@@ -123,3 +123,26 @@ def test_shipped_configurations_are_of_the_space() -> None:
         for path in configs.ROOT.glob(f"*/{name}.json"):
             for entry in configs.load(path).entries:
                 assert KERNEL not in entry.config or entry.config in kernel.tuning_space(entry.point)
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "hidden", "rank", "portable"),
+    [
+        ("bgmv_shrink", 16, 4096, 16, True),
+        ("bgmv_shrink", 16, 4608, 16, False),
+        ("bgmv_shrink", 64, 4096, 16, False),
+        ("bgmv_expand", 32, 14336, 16, True),
+        ("bgmv_expand", 1, 14336, 16, False),
+        ("bgmv_expand", 64, 14336, 16, False),
+        ("bgmv_expand", 32, 14336, 64, False),
+    ],
+)
+def test_the_portable_kernel_is_the_default_where_it_was_measured_to_be_faster(
+    name: str, batch: int, hidden: int, rank: int, portable: bool
+) -> None:
+    """kernels/NOTES.md has the times. With 8 LoRAs, 32 tokens are 4 of each."""
+    kernel: OwnKernel = load(f"smbench_kernels.{name}:KERNEL")
+    point = point_of(batch, hidden, rank)
+    config = kernel.default_config(point, hardware.TYPICAL[90])
+    assert (KERNEL not in config) == portable
+    assert config in kernel.tuning_space(point)
