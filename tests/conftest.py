@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import shutil
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -46,6 +48,17 @@ def _no_docker() -> str | None:
     except subprocess.TimeoutExpired:
         return "the docker daemon does not answer within 20 s"
     return None if answer.returncode == 0 else "no docker daemon"
+
+
+@pytest.fixture
+def seed() -> int:
+    """Fresh on every run, and what `random` and torch begin with; pytest shows it where a test fails."""
+    value = random.SystemRandom().randrange(2**31)
+    sys.stderr.write(f"seed {value}\n")
+    random.seed(value)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(value)
+    return value
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from functools import partial
 
 import numpy as np
@@ -20,13 +18,6 @@ CPU = torch.device("cpu")
 SHAPE = hstu.Shape(embedding=12, heads=2, head_dim=8)
 SIZES = Sizes(layers=2, heads=2, head_dim=8, page_size=4, dtype=torch.float64)
 LONGEST = 64
-
-
-@pytest.fixture
-def seed() -> int:
-    value = random.randrange(2**31)
-    sys.stderr.write(f"seed {value}\n")
-    return value
 
 
 def block_of(seed: int) -> Block:

@@ -6,7 +6,6 @@ Also when users are evicted while their chunks are under way, and whatever was i
 from __future__ import annotations
 
 import random
-import sys
 
 import numpy as np
 import pytest
@@ -36,14 +35,6 @@ ROUNDING = 2e-2
 
 def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
-
-
-@pytest.fixture
-def seed() -> int:
-    value = random.randrange(2**31)
-    sys.stderr.write(f"seed {value}\n")
-    torch.manual_seed(value)
-    return value
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +16,10 @@ from smbench_kernels.hstu import EPS
 from smbench_kernels.hstu_linear_sm90 import Product, Tiles
 from smbench_kernels.hstu_linear_sm90_source import KERNEL, SILU
 
-pytestmark = pytest.mark.skipif(emulated_cuda.COMPILER is None, reason="no C++ compiler: neither g++ nor clang++")
+pytestmark = [
+    pytest.mark.skipif(emulated_cuda.COMPILER is None, reason="no C++ compiler: neither g++ nor clang++"),
+    pytest.mark.usefixtures("seed"),
+]
 ROUNDING = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 LEAVES = r"""
 constexpr int GROUP_THREADS = 128, CHUNK = 64, ROW_BYTES = CHUNK * 2;
@@ -37,15 +38,6 @@ static Eight load_parameters(const element *from) { return load_eight(from); }
 static void store_eight(element *to, const Eight &eight) { std::memcpy(to, &eight, 16); }
 static float inverse_root(float x) { return 1 / sqrtf(x); }
 """
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    """Fresh on every run; pytest shows what a failing test wrote."""
-    value = random.randrange(2**31)
-    sys.stderr.write(f"seed {value}\n")
-    random.seed(value)
-    torch.manual_seed(value)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,7 @@ Functions that are PTX are left out of its sources; cuda_emulation_hstu.hpp has 
 from __future__ import annotations
 
 import ctypes
-import random
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -32,19 +30,13 @@ from smbench_kernels.hstu_attention_sm90_kernels import HEAD_DIM, THREADS, Strea
 from smbench_kernels.hstu_paged import PagedBatch, append_reference, paged_attention_reference
 from smbench_kernels.hstu_paged_sm90_kernel import KERNEL
 
-pytestmark = pytest.mark.skipif(emulated_cuda.COMPILER is None, reason="no C++ compiler: neither g++ nor clang++")
+pytestmark = [
+    pytest.mark.skipif(emulated_cuda.COMPILER is None, reason="no C++ compiler: neither g++ nor clang++"),
+    pytest.mark.usefixtures("seed"),
+]
 LEAVES = Path(__file__).with_name("cuda_emulation_hstu.hpp")
 ERROR = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
 ALPHA, LONGEST, SWIZZLE = 1 / 16, 4352, 128
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    """Fresh on every run; pytest shows what a failing test wrote."""
-    value = random.randrange(2**31)
-    sys.stderr.write(f"seed {value}\n")
-    random.seed(value)
-    torch.manual_seed(value)
 
 
 def without_ptx(source: str) -> str:

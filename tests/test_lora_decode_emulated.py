@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from dataclasses import replace
 
 import pytest
@@ -48,14 +46,6 @@ CASES: list[tuple[Shape, Config, int]] = [
     # more ranks than expand takes at once, and a rest of them that is no tile
     (Shape(40, 264, 76, (128, 72), 4, True), {"CHUNK": 24, "TILES": 4, "PARTS": 1, "STAGES": 4, "BLOCKS": 4}, 0),
 ]
-
-
-@pytest.fixture
-def seed() -> int:
-    """Fresh on every run; pytest shows what a failing test wrote."""
-    value = random.randrange(2**31)
-    sys.stderr.write(f"seed {value}\n")
-    return value
 
 
 class Problem:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,19 +16,13 @@ from smbench_kernels.lora_prefill import Sequences
 from smbench_kernels.lora_prefill_kernels import Expand, Shrink
 from smbench_kernels.lora_prefill_source import TILES
 
-pytestmark = pytest.mark.skipif(emulated_cuda.COMPILER is None, reason="no C++ compiler: neither g++ nor clang++")
+pytestmark = [
+    pytest.mark.skipif(emulated_cuda.COMPILER is None, reason="no C++ compiler: neither g++ nor clang++"),
+    pytest.mark.usefixtures("seed"),
+]
 CPU = torch.device("cpu")
 LORAS, SCALE = 3, 0.5
 ROUNDING = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    """Fresh on every run; pytest shows what a failing test wrote."""
-    value = random.randrange(2**31)
-    sys.stderr.write(f"seed {value}\n")
-    random.seed(value)
-    torch.manual_seed(value)
 
 
 @dataclass

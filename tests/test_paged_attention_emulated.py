@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
-import sys
 
 import pytest
 import torch
@@ -21,14 +19,6 @@ from smbench_kernels.paged_attention_source import SOURCE
 pytestmark = pytest.mark.skipif(emulated_cuda.COMPILER is None, reason="no C++ compiler: neither g++ nor clang++")
 CPU = torch.device("cpu")
 SMALL: Config = {"HEADS": 1, "SLICES": 2, "PIECES": 1, "STAGES": 3, "PER_SM": 1, "SNAP": 2}
-
-
-@pytest.fixture
-def seed() -> int:
-    """Fresh on every run; pytest shows what a failing test wrote."""
-    value = random.randrange(2**31)
-    sys.stderr.write(f"seed {value}\n")
-    return value
 
 
 def point_of(**axes: int | str) -> Point:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,14 +30,6 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """The workspace holds no number before a call."""
     plain = hstu_attention_triton.workspace
     monkeypatch.setattr(hstu_attention_triton, "workspace", lambda problem, q: plain(problem, q).fill_(torch.nan))
-
-
-@pytest.fixture
-def seed() -> int:
-    """Fresh on every run; pytest shows what a failing test wrote."""
-    value = random.randrange(2**31)
-    sys.stderr.write(f"seed {value}\n")
-    return value
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import sys
 import types
 from collections.abc import Callable, Mapping
@@ -20,19 +19,11 @@ from smbench_kernels.hstu_layer_memory import saved_bytes, saved_tensors
 from smbench_kernels.hstu_norm import Dropout
 from smbench_kernels.op import UnsupportedPoint
 
+pytestmark = pytest.mark.usefixtures("seed")
 CPU = torch.device("cpu")
 ROUNDING = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Relative error in the 2-norm of what is rounded a few times on its way."""
 VARIANTS = [*hstu_layer.RECOMPUTES, "native", "native-attention"]
-
-
-@pytest.fixture(autouse=True)
-def seed() -> int:
-    """Fresh on every run; pytest shows what a failing test wrote."""
-    value = random.randrange(2**31)
-    sys.stderr.write(f"seed {value}\n")
-    torch.manual_seed(value)
-    return value
 
 
 @pytest.fixture

@@ -27,14 +27,6 @@ SAMPLE = 8
 """Configurations of each search space that one run checks."""
 
 
-@pytest.fixture
-def seed() -> int:
-    """Fresh on every run; pytest shows what a failing test wrote."""
-    value = random.randrange(2**31)
-    sys.stderr.write(f"seed {value}\n")
-    return value
-
-
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """New float memory is NaN, so that an element nobody wrote cannot pass for a result."""

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import sys
-
 import pytest
 import torch
 
@@ -14,14 +11,6 @@ from smbench_kernels.registry import op as find_op
 
 CPU = torch.device("cpu")
 OP = find_op("lora_linear")
-
-
-@pytest.fixture
-def seed() -> int:
-    """Fresh on every run; pytest shows what a failing test wrote."""
-    value = random.randrange(2**31)
-    sys.stderr.write(f"seed {value}\n")
-    return value
 
 
 def point_of(**axes: int | str) -> Point:

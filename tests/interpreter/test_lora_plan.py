@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import sys
-
 import pytest
 import torch
 
@@ -13,14 +10,6 @@ from smbench_kernels import lora
 from smbench_kernels.lora_plan import Plan, capacity, filler
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def seed() -> int:
-    """Fresh on every run; pytest shows what a failing test wrote."""
-    value = random.randrange(2**31)
-    sys.stderr.write(f"seed {value}\n")
-    return value
 
 
 def same(plan: Plan, expected: Plan) -> None:

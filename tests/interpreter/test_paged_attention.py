@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -15,14 +13,6 @@ from smbench_kernels.launch import Launcher, Workspace
 from smbench_kernels.op import Inputs, Point
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def seed() -> int:
-    """Fresh on every run; pytest shows what a failing test wrote."""
-    value = random.randrange(2**31)
-    sys.stderr.write(f"seed {value}\n")
-    return value
 
 
 def point_of(heads: int = 8, kv_heads: int = 2, **axes: int | str) -> Point:
