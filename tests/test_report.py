@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -151,6 +152,21 @@ def test_published_numbers_stand_beside_the_same_protocol_only(
     assert "| 1 | 4096 | 2.436 | 2.130 | 2.284 |" in published
     assert "Another card" in published
     assert "are not shown: this profile has no measure" in text_of(rendered, "cpu")
+
+
+def test_our_kernels_are_said_to_be_in_the_languages_that_ran(tmp_path: Path) -> None:
+    def some_in_cuda(cell: Cell, profile: Profile) -> Result | None:
+        found = fake_run.every_status(cell, profile)
+        if found is None or found.selection is None or cell.provider != "smbench-tuned" or cell.axes["batch"] != 1:
+            return found
+        selection = dataclasses.replace(found.selection, config={"KERNEL": 2, "CHUNK": 8})
+        return dataclasses.replace(found, selection=selection)
+
+    folder = fake_run.build(tmp_path / "run", fake_run.RECIPE, "full", some_in_cuda, [fake_run.GPU])
+    report.render(folder)
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert "our kernels in Triton, with launch parameters that a model of the card ranks first" in text
+    assert "our kernels in CUDA C++ and Triton, with launch parameters that the tuner found" in text
 
 
 def test_reasons_are_counted_not_repeated(tmp_path: Path) -> None:

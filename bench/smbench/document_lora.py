@@ -71,6 +71,12 @@ class Lora:
         """The hidden size that separates small from large."""
         return SPLIT_HIDDEN_SIZE
 
+    def written_in(self, provider: str) -> list[str]:
+        """The languages of the kernels that one of ours ran with: a configuration of CUDA C++ names its kernel."""
+        rows = self.view.analysis.rows
+        ran = [row.result.selection for row in rows if row.cell.provider == provider and row.result]
+        return sorted({"CUDA C++" if "KERNEL" in found.config else "Triton" for found in ran if found}) or ["Triton"]
+
     @property
     def defects(self) -> Defects:
         """The evidence that the document's defects are not this run's."""
