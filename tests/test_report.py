@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import subprocess
@@ -159,8 +158,8 @@ def test_our_kernels_are_said_to_be_in_the_languages_that_ran(tmp_path: Path) ->
         found = fake_run.every_status(cell, profile)
         if found is None or found.selection is None or cell.provider != "smbench-tuned" or cell.axes["batch"] != 1:
             return found
-        selection = dataclasses.replace(found.selection, config={"KERNEL": 2, "CHUNK": 8})
-        return dataclasses.replace(found, selection=selection)
+        selection = found.selection.model_copy(update={"config": {"KERNEL": 2, "CHUNK": 8}})
+        return found.model_copy(update={"selection": selection})
 
     folder = fake_run.build(tmp_path / "run", fake_run.RECIPE, "full", some_in_cuda, [fake_run.GPU])
     report.render(folder)
