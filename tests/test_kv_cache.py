@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -187,20 +188,27 @@ class LateStream:
         self.awaited.append(event)
 
 
-def late(cache: KVCache) -> None:
-    """As on a device, but over memory of the host."""
-    cache._out = cache._onload.stream = LateStream()  # type: ignore[assignment]
-
-
-@pytest.mark.parametrize("chunks", [4, 9, 40])
-def test_nothing_is_lost_or_kept_while_copies_are_under_way(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bookkeeping of a device whose copies are done late, whenever that is; copies themselves are a GPU's test."""
-    seed = random.randrange(2**31)
-    LateEvent.order = random.Random(seed)
+@pytest.fixture
+def late_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events and streams of a device that is late."""
     for name, value in (("Event", LateEvent), ("Stream", LateStream)):
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.cuda, "stream", lambda _stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: LateStream())
+
+
+def late(cache: KVCache) -> None:
+    """As on a device, but over memory of the host."""
+    stream: Any = LateStream()
+    cache._out = cache._onload.stream = stream
+
+
+@pytest.mark.usefixtures("late_device")
+@pytest.mark.parametrize("chunks", [4, 9, 40])
+def test_nothing_is_lost_or_kept_while_copies_are_under_way(chunks: int) -> None:
+    """The bookkeeping of a device whose copies are done late, whenever that is; copies themselves are a GPU's test."""
+    seed = random.randrange(2**31)
+    LateEvent.order = random.Random(seed)
     for pages in range(12, 24):
         cache = cache_of(pages, chunks)
         late(cache)
@@ -238,14 +246,11 @@ def test_a_buffer_is_not_written_again_before_its_copy_is_done() -> None:
     assert target.tolist() == [4, 5, 6]
 
 
+@pytest.mark.usefixtures("late_device")
 def test_a_repeated_step_waits_for_its_own_users_copies_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     never = random.Random()
     monkeypatch.setattr(never, "random", lambda: 1.0)
     LateEvent.order = never
-    for name, value in (("Event", LateEvent), ("Stream", LateStream)):
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: LateStream())
     cache = cache_of(pages=20, chunks=9)
     late(cache)
     for user in (1, 2, 3):
@@ -260,14 +265,11 @@ def test_a_repeated_step_waits_for_its_own_users_copies_alone(monkeypatch: pytes
     assert left and all(event.query() for event in left)
 
 
+@pytest.mark.usefixtures("late_device")
 @pytest.mark.parametrize("left", ["finish", "another step", "drain"])
 def test_a_layers_copies_are_enqueued_some_layers_ahead(left: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough that the bus has work while the host prepares a layer, and not all before the first layer is enqueued."""
     LateEvent.order = random.Random(0)
-    for name, value in (("Event", LateEvent), ("Stream", LateStream)):
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _stream: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: LateStream())
     sizes = dataclasses.replace(SIZES, layers=5)
     cache = KVCache(sizes, 20, CPU, PinnedStore(sizes, 9, CHUNK, pinned=False))
     late(cache)
@@ -280,8 +282,8 @@ def test_a_layers_copies_are_enqueued_some_layers_ahead(left: str, monkeypatch: 
     for layer in range(2):
         cache.wait(step, layer)
         assert copied == [*range(1 + AHEAD + layer)]
-    waited = step._stream.awaited if step._stream else []  # type: ignore[attr-defined]
-    assert waited == cache._onload._arrived[:2]
+    computing: Any = step._stream
+    assert computing.awaited == cache._onload._arrived[:2]
     # who stops in the middle leaves nothing behind
     if left == "another step":
         assert cache.begin([2], [4]).sources == ["none"]

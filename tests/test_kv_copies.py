@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,7 +79,8 @@ def test_the_driver_is_given_the_lists_of_the_layers_asked_for(monkeypatch: pyte
 
     monkeypatch.setattr(kv_driver, "copy_all", copy_all)
     pool, store = torch.zeros((LAYERS, PAGES, WORDS)), torch.randn((CHUNKS, LAYERS, CHUNK_PAGES, WORDS))
-    mover = Mover(pool, CHUNK_PAGES, to_host=False, stream=SimpleNamespace(cuda_stream=7))  # type: ignore[arg-type]
+    stream: Any = SimpleNamespace(cuda_stream=7)
+    mover = Mover(pool, CHUNK_PAGES, to_host=False, stream=stream)
     mover.take(np.array([store[3].data_ptr(), store[1].data_ptr()], np.int64), np.array([4, 5, 9, 0, 2, 3], np.int32))
     mover.layer(1)
     expected = torch.zeros_like(pool)
