@@ -120,10 +120,25 @@ def attend(
         return out
     room = Workspace.on(q.device) if workspace is None else workspace
     config = stream_for(batch.max_rows) if config is None else config
-    tensors = (q, k, v, out, cache, *_sequences(batch), room.sums, room.counters)
+    tensors = (out, k, v, cache, *_sequences(batch), room.sums, room.counters)
+
+    def make() -> hstu_launches.Launch:
+        rows = min(config.tile, batch.page_size)
+        maps = [tensor_map(q, STRIP), tensor_map(k, config.tile), tensor_map(v, config.tile), page_map(cache, rows)]
+        strides = (ctypes.c_int64(stride) for x in (out, k, v) for stride in x.stride()[:2])
+        # addresses alone, which keep no tensor alive
+        arguments = [
+            *(*maps, *(ctypes.c_uint64(tensor.data_ptr()) for tensor in tensors), *strides),
+            *(batch.batch, q.shape[1], alpha / 2, 1.0 / batch.max_seqlen, int(appends)),
+        ]
+        kernel, grid = compiled(config, batch.page_size, q.dtype, q.device), (_blocks(q.device), 1, 1)
+        launch: hstu_launches.Launch = kernel.launcher(
+            grid, THREADS, shared_bytes(config), arguments, dependent=dependent
+        )
+        return launch
+
     scalars = (alpha, batch.max_seqlen, batch.page_size, appends, dependent)
-    key = (NAME, config, q.dtype, *scalars, *map(_identity, tensors))
-    hstu_launches.run(key, lambda: _launch(q, k, v, cache, batch, alpha, out, room, appends, dependent, config))
+    hstu_launches.run((NAME, config, q.dtype, *scalars, *map(_identity, (q, *tensors))), make)
     return out
 
 
@@ -139,34 +154,6 @@ def _sequences(batch: PagedBatch) -> tuple[torch.Tensor, ...]:
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
     """All that a launch knows of a tensor of a known dtype."""
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.device
-
-
-def _launch(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cache: torch.Tensor,
-    batch: PagedBatch,
-    alpha: float,
-    out: torch.Tensor,
-    room: Workspace,
-    appends: bool,
-    dependent: bool,
-    config: Stream,
-) -> hstu_launches.Launch:
-    """What `attend` launches; passes addresses alone, which keep no tensor alive."""
-    rows = min(config.tile, batch.page_size)
-    maps = [tensor_map(q, STRIP), tensor_map(k, config.tile), tensor_map(v, config.tile), page_map(cache, rows)]
-    tensors = (out, k, v, cache, *_sequences(batch), room.sums, room.counters)
-    strides = (ctypes.c_int64(stride) for x in (out, k, v) for stride in x.stride()[:2])
-    arguments = [
-        *(*maps, *(ctypes.c_uint64(tensor.data_ptr()) for tensor in tensors), *strides),
-        *(batch.batch, q.shape[1], alpha / 2, 1.0 / batch.max_seqlen, int(appends)),
-    ]
-    kernel = compiled(config, batch.page_size, q.dtype, q.device)
-    grid = (_blocks(q.device), 1, 1)
-    made: hstu_launches.Launch = kernel.launcher(grid, THREADS, shared_bytes(config), arguments, dependent=dependent)
-    return made
 
 
 @lru_cache(maxsize=8)
