@@ -18,8 +18,8 @@ from smbench_kernels.own import KERNEL
 
 FUSED, PAIR, PREFILL = 2, 3, 4
 """Values of KERNEL."""
-MOST_DECODE, MOST_MIXED = 64, 128
-"""Tokens of a LoRA up to which the decode kernels are tried, and with sequences of unequal lengths among them."""
+MOST_DECODE, MOST_MIXED = 256, 128
+"""Tokens of a LoRA up to which the decode kernels are tried, and with sequences that prefill among them."""
 LEAST_PREFILL = 16
 """Tokens of a LoRA from which those of `lora_prefill` are tried."""
 PAIRS, CROSSED = 24, 7
@@ -65,7 +65,7 @@ def space(point: Point) -> list[Config]:
     found: list[Config] = []
     if each >= LEAST_PREFILL:
         found += _prefill_space(sizes)
-    if each <= (MOST_DECODE if len(set(sizes.lengths)) == 1 else MOST_MIXED) or not found:
+    if each <= (MOST_DECODE if set(sizes.lengths) == {1} else MOST_MIXED) or not found:
         found += [{KERNEL: FUSED, **config} for config in lora_decode_space.fused_space(shape)]
         expand = _expands(shape)[0]
         found += [joined(shrink, expand) for shrink in _likeliest_shrinks(shape)]
