@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,8 +19,10 @@ from small_runs import AllInstalled
 from smbench import plan, recipe, tune
 from smbench.errors import UsageError
 from smbench.runner import WorkerCannotStart
+from smbench.worker import tune as worker
 from smbench_kernels import configs
 from smbench_kernels.op import Config, Point, Prepared, Tunable
+from smbench_kernels.registry import op as find_op
 from smbench_kernels.tune import FINAL_ROUNDS, PATIENCE, REFINEMENTS, SHORTLIST, search
 
 FAKE = (sys.executable, str(Path(__file__).with_name("fake_tuner.py")))
@@ -90,6 +93,19 @@ def test_what_won_nearby_is_tried_first_if_it_belongs_to_the_space() -> None:
     clock = Clock({1: 3e-6, 2: 2e-6, 3: 1e-6})
     search(POINT, tunable({1: 1.0, 2: 1.0, 3: 1.0}), {}, clock, [{"BLOCK": 3}, {"BLOCK": 77}])
     assert clock.asked[0][0] == 3
+
+
+def test_a_search_begins_with_what_the_files_hold_for_the_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a repeated search does not end worse. A library's space is searched whole."""
+    table = configs.load(configs.path_of("NVIDIA H200", "bgmv_shrink"))
+    entry = table.entries[0]
+    op = find_op("bgmv_shrink")
+    monkeypatch.setattr(configs, "device_name", lambda _: "NVIDIA H200")
+    device = torch.device("cpu")
+    assert worker._kept(worker._Job(op, None, entry.point), device) == [entry.config]
+    assert worker._kept(worker._Job(op, "vllm-tuned", entry.point), device) == []
+    monkeypatch.setattr(configs, "device_name", lambda _: "a card without files")
+    assert worker._kept(worker._Job(op, None, entry.point), device) == []
 
 
 def test_wrong_configurations_win_nothing() -> None:

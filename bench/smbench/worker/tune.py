@@ -22,7 +22,7 @@ from triton.runtime.errors import OutOfResources
 
 from smbench.worker.gate import Truth, Verdict, examine, restore
 from smbench.worker.timing import Flush, capture, sample
-from smbench_kernels import hardware
+from smbench_kernels import configs, hardware
 from smbench_kernels.op import Config, Inputs, Op, Point, Tunable, UnsupportedPoint
 from smbench_kernels.registry import op as find_op
 from smbench_kernels.tune import FINAL_SAMPLES, search
@@ -160,7 +160,7 @@ def tune(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 outcome |= {"provider": job.provider, "library": libraries[job.provider]}
             try:
                 clock = PointClock(job.op, job.tunable, job.axes, request["seed"], stream, flush)
-                choice = search(job.axes, job.tunable, facts, clock, _hints(job, known))
+                choice = search(job.axes, job.tunable, facts, clock, [*_hints(job, known), *_kept(job, device)])
             except UnsupportedPoint as reason:
                 choice, outcome["reason"] = None, str(reason)
             if choice:
@@ -189,6 +189,19 @@ def tune(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 def _hints(job: _Job, known: Sequence[Mapping[str, Any]]) -> list[Config]:
     """What won at the points of the same kernel before: it is likely to be good here."""
     return [row["config"] for row in known if job.matches(row)][-HINTS:]
+
+
+def _kept(job: _Job, device: torch.device) -> list[Config]:
+    """What the files of this device hold for the point or the nearest one: a repeated search does not end worse.
+
+    A library's space is searched whole.
+    """
+    if job.provider is not None:
+        return []
+    try:
+        return [configs.tuned_config(job.op.name, job.axes, device)[0]]
+    except UnsupportedPoint:
+        return []
 
 
 def _is_known(job: _Job, known: Sequence[Mapping[str, Any]], library: str | None) -> bool:
