@@ -33,6 +33,10 @@ PARTS = (1, 2, 4, 6, 8, 10, 14, MOST_CLUSTER)
 """Blocks that share a segment's columns. Six were 12 % faster than 4 or 8 where a LoRA has many tokens; 3, 5, 7 and 12
 were never the fastest (12 points on an H200)."""
 
+LEAST_RUNS, LEAST_FUSED_RUNS = 32, 64
+"""From how many tokens times 16 ranks a block's sums may travel as runs: of one block, and of all that it hears from.
+The model says nothing of them: their time is that of quads, which come first."""
+
 START_S = {"shrink": 2.0e-6, "expand": 1.85e-6, "fused": 2.5e-6}
 """Launch, plan and the first operands."""
 ROUND_S = {"shrink": 0.4e-6, "expand": 0.5e-6, "fused": 0.1e-6}
@@ -54,11 +58,13 @@ WARP_S = 0.42e-9
 
 
 def chunks(shape: Shape) -> list[int]:
-    """Tokens of a segment worth trying: room for what a LoRA gets when tokens choose theirs at random, and less."""
+    """Tokens of a segment worth trying: room for what a LoRA gets of tokens that choose at random, half, the mean."""
     each = shape.tokens / min(shape.tokens, shape.loras)
     scatter = 2 * math.sqrt(each) if 1 < shape.loras < shape.tokens else 0.0
     room = min(MOST_CHUNK, max(8, 8 * ceil_div(math.ceil(each + scatter), 8)))
-    return sorted({room, room // 16 * 8} - {0}) if room > 8 or shape.tokens <= 8 else [8, 16]
+    if room == 8 and shape.tokens > 8:
+        return [8, 16]
+    return sorted({room, min(room, 8 * ceil_div(math.ceil(each), 8)), room // 16 * 8} - {0})
 
 
 def shrink_registers(config: Config, tiles: int) -> int:
@@ -99,8 +105,10 @@ def shrink_space(shape: Shape) -> list[Config]:
             continue
         for rounds in ROUNDS:
             config = {"CHUNK": chunk, "TILES": tiles, "WARPS": warps, **rounds, "PARTS": parts, "CLUSTER": 1}
-            if shrink_registers(config, tiles) <= MOST_REGISTERS and _useful(shape, config) and _fits(shape, config):
-                found.append(config)
+            if shrink_registers(config, tiles) > MOST_REGISTERS or not _useful(shape, config):
+                continue
+            bulk = parts > 1 and chunk * tiles >= LEAST_RUNS
+            found += [one for one in ([config, {**config, "BULK": 1}] if bulk else [config]) if _fits(shape, one)]
     return found
 
 
@@ -131,8 +139,9 @@ def fused_space(shape: Shape) -> list[Config]:
         expand = expand_registers(shape, chunk, 2)
         if max(shrink_registers(config, tiles), expand) > MOST_REGISTERS or not _useful(shape, config):
             continue
-        if fused_launch(shape, config).shared_bytes <= ROOM:
-            found.append(config)
+        bulk = parts * chunk * tiles >= LEAST_FUSED_RUNS
+        variants = [config, {**config, "BULK": 1}] if bulk else [config]
+        found += [one for one in variants if fused_launch(shape, one).shared_bytes <= ROOM]
     return found
 
 
