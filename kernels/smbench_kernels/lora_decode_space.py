@@ -2,7 +2,8 @@
 
 What a configuration means is said in `lora_decode`. A space holds what a card can have in flight at once without
 spilling; the model orders it, and chooses where nothing is tuned. Its figures were fitted to 2,300 configurations timed
-on an H200 (kernels/NOTES.md); elsewhere they are scaled by bandwidth and multiprocessors and nothing is measured.
+on an H200 (kernels/NOTES.md); elsewhere they are scaled by bandwidth and multiprocessors and nothing is measured. No
+space has BULK, which has not run on a card yet.
 """
 
 from __future__ import annotations
@@ -32,10 +33,6 @@ ROUNDS = (
 PARTS = (1, 2, 4, 6, 8, 10, 14, MOST_CLUSTER)
 """Blocks that share a segment's columns. Six were 12 % faster than 4 or 8 where a LoRA has many tokens; 3, 5, 7 and 12
 were never the fastest (12 points on an H200)."""
-
-LEAST_RUNS, LEAST_FUSED_RUNS = 32, 64
-"""From how many tokens times 16 ranks a block's sums may travel as runs: of one block, and of all that it hears from.
-The model says nothing of them: their time is that of quads, which come first."""
 
 START_S = {"shrink": 2.0e-6, "expand": 1.85e-6, "fused": 2.5e-6}
 """Launch, plan and the first operands."""
@@ -105,10 +102,8 @@ def shrink_space(shape: Shape) -> list[Config]:
             continue
         for rounds in ROUNDS:
             config = {"CHUNK": chunk, "TILES": tiles, "WARPS": warps, **rounds, "PARTS": parts, "CLUSTER": 1}
-            if shrink_registers(config, tiles) > MOST_REGISTERS or not _useful(shape, config):
-                continue
-            bulk = parts > 1 and chunk * tiles >= LEAST_RUNS
-            found += [one for one in ([config, {**config, "BULK": 1}] if bulk else [config]) if _fits(shape, one)]
+            if shrink_registers(config, tiles) <= MOST_REGISTERS and _useful(shape, config) and _fits(shape, config):
+                found.append(config)
     return found
 
 
@@ -139,9 +134,8 @@ def fused_space(shape: Shape) -> list[Config]:
         expand = expand_registers(shape, chunk, 2)
         if max(shrink_registers(config, tiles), expand) > MOST_REGISTERS or not _useful(shape, config):
             continue
-        bulk = parts * chunk * tiles >= LEAST_FUSED_RUNS
-        variants = [config, {**config, "BULK": 1}] if bulk else [config]
-        found += [one for one in variants if fused_launch(shape, one).shared_bytes <= ROOM]
+        if fused_launch(shape, config).shared_bytes <= ROOM:
+            found.append(config)
     return found
 
 
