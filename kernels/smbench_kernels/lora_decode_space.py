@@ -34,6 +34,9 @@ PARTS = (1, 2, 4, 6, 8, 10, 14, MOST_CLUSTER)
 """Blocks that share a segment's columns. Six were 12 % faster than 4 or 8 where a LoRA has many tokens; 3, 5, 7 and 12
 were never the fastest (12 points on an H200)."""
 
+SMALL_GROUP = 12
+"""Multiprocessors of an H200's smallest group within which a cluster may lie; 8 to 12 explain what was timed."""
+
 START_S = {"shrink": 2.0e-6, "expand": 1.85e-6, "fused": 2.5e-6}
 """Launch, plan and the first operands."""
 ROUND_S = {"shrink": 0.4e-6, "expand": 0.5e-6, "fused": 0.1e-6}
@@ -112,13 +115,17 @@ def _fits(shape: Shape, config: Config) -> bool:
 
 
 def expand_space(shape: Shape) -> list[Config]:
-    """Every number of warps and blocks that fits a thread's registers."""
+    """Every number of warps and blocks that fits a thread's registers.
+
+    One warp a block only for segments of 8: with more it won nowhere, and took 27 us where 7 are enough (NOTES.md).
+    """
     return [
         {"CHUNK": chunk, "WARPS": warps, "BLOCKS": blocks}
         for chunk in chunks(shape)
         for warps in (1, 2, 4, 8)
         for blocks in (1, 2, 4)
-        if expand_registers(shape, chunk, blocks) <= MOST_REGISTERS
+        if (warps > 1 or chunk == 8)
+        and expand_registers(shape, chunk, blocks) <= MOST_REGISTERS
         and 32 * warps * blocks < 2 * max(64, *shape.outputs)
     ]
 
@@ -150,8 +157,8 @@ def _resident(config: Config, registers: int, shared_bytes: int, device: Mapping
     sms = int(device["sm_count"])
     if parts == 1 or not config.get("CLUSTER", 1):
         return max(1, sms * per_sm // parts)
-    # an H200's 132 are groups of 16 and 18, and one of fewer than 16
-    return max(1, sms // 18 * (16 * per_sm // parts) + 14 * per_sm // parts)
+    # an H200's 132 are groups of 16 and 18 and one of fewer: 16 clusters of 14 do not fit at two blocks each
+    return max(1, sms // 18 * (16 * per_sm // parts) + SMALL_GROUP * per_sm // parts)
 
 
 def _segments(shape: Shape, chunk: int) -> int:
