@@ -2,7 +2,8 @@
 
 `hidden_size` picks the behaviour: a number of BEHAVIOURS does what stands there, any other is an honest `ok` whose
 samples are known to the last digit (`samples_of`). Environment variables: FAKE_WORKER_DELAY_S, how long each cell
-takes; FAKE_WORKER_JOURNAL, a file that gets a line for every process and every cell that was begun.
+takes; FAKE_WORKER_JOURNAL, a file that gets a line for every process and every cell that was begun;
+FAKE_WORKER_COMPILES, how many kernels it says that it compiles before, a quarter of a second each.
 """
 
 from __future__ import annotations
@@ -199,6 +200,9 @@ def main(request_file: str) -> None:
         emit("refused", errors=["axis 'rank' is missing", "axis 'rnak' is unknown"])
         sys.exit(2)
     emit("ready", environment_id=ENVIRONMENT_ID, environment=ENVIRONMENT, timer_checks=[TIMER_CHECK])
+    if kernels := int(os.environ.get("FAKE_WORKER_COMPILES", "0")):
+        for done in range(kernels + 1):
+            emit("compiled", done=done, of=kernels, seconds=0.25 * done)
     for job, size in zip(request["jobs"], sizes, strict=True):
         emit("start", cell_id=job["cell_id"])
         journal(f"cell {job['cell_id']}")

@@ -63,6 +63,17 @@ def test_an_honest_cell_is_stored_to_the_last_digit(tmp_path: Path) -> None:
     assert 0 < session.worker_start_s < session.wall_s
 
 
+def test_compiling_ahead_is_told_and_part_of_the_sessions_account(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_WORKER_COMPILES", "6")
+    notes: list[str] = []
+    runner.run(cpu_plan([100]), tmp_path / "run", lambda result: None, notes.append, WORKER)
+    (session,) = runfolder.load(tmp_path / "run").sessions
+    assert session.compile_s == 1.5
+    assert notes == ["compiling 6 kernels on all cores, before they are timed"]
+
+
 @pytest.mark.parametrize(
     ("size", "status", "reason"),
     [

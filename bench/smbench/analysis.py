@@ -183,6 +183,7 @@ class Analysis:
             name: sum(result.phases_s.get(name, 0.0) for result in measured)
             for name in ("inputs", "compile", "check", "capture")
         }
+        phase["compile"] += sum(session.compile_s for session in self.sessions)
         kernels = sum(_busy_s(result) for result in measured)
         wall = sum(session.wall_s for session in self.sessions)
         start = sum(session.worker_start_s for session in self.sessions)

@@ -370,6 +370,8 @@ class Session(Record):
     wall_s: Seconds
     worker_start_s: Seconds
     """Process starts, imports and device initialization of all workers."""
+    compile_s: Seconds = 0.0
+    """Compiling kernels on all cores before the first cell, of all workers."""
     workers: int
     results: int
     """How many results this session appended."""

@@ -41,6 +41,7 @@ class _Tally:
     started_at: str
     began: float
     worker_start_s: float = 0.0
+    compile_s: float = 0.0
     workers: int = 0
     results: int = 0
     price_per_hour: float | None = None
@@ -51,6 +52,7 @@ class _Tally:
             started_at=self.started_at,
             wall_s=time.monotonic() - self.began,
             worker_start_s=self.worker_start_s,
+            compile_s=self.compile_s,
             workers=self.workers,
             results=self.results,
             ended=ended,
@@ -158,7 +160,7 @@ class _RunSession:
         done: set[str] = set()
         at_hand: Planned | None = None
         environment_id: str | None = None
-        started_at = _now()
+        started_at, compiled_s = _now(), 0.0
         request = self._request(waiting)
         command = self._worker_command or (str(waiting[0].python), *WORKER_MODULE)
         with WorkerProcess(self._folder, request, waiting[0].interpreted, command) as worker:
@@ -169,6 +171,11 @@ class _RunSession:
                             self.tally.worker_start_s += time.monotonic() - began
                             self.tally.timer_checks += event["timer_checks"]
                             environment_id = self._remember(event)
+                        case "compiled":
+                            if event["done"] == 0:
+                                self._on_note(f"compiling {event['of']} kernels on all cores, before they are timed")
+                            self.tally.compile_s += event["seconds"] - compiled_s
+                            compiled_s = event["seconds"]
                         case "start":
                             at_hand, started_at = entries[event["cell_id"]], _now()
                         case "result":

@@ -2,7 +2,8 @@
 
 Owns the protocol's worker side. Whatever libraries print goes to standard error, which the host keeps as a log.
 
-Events: `ready` (environment, timer checks), `refused` (errors; nothing was measured), `start` (cell_id), `result`,
+Events: `ready` (environment, timer checks), `refused` (errors; nothing was measured), `compiled` (how many of how many
+kernels are compiled ahead, and in how many seconds), `start` (cell_id), `result`,
 `broken` (this process can go on no further), `done`. For engines also `request` (one more request of the cell at hand
 is done) and `died` (the cell's own process ended without a result). A tuning request is answered by `ready`,
 `compiled`, a `tuned` for each point, perhaps a `quality` for some, and `done`.
@@ -79,6 +80,11 @@ def serve(request: dict[str, Any], events: Events) -> int:
         environment=facts,
         timer_checks=_timer_checks(device, runner),
     )
+    if device.type == "cuda":
+        from smbench.worker import precompile
+
+        for progress in precompile.ahead(jobs, device):
+            events.emit("compiled", **progress)
     sampler = telemetry.open_telemetry() if device.type == "cuda" else telemetry.NullSampler("runs on the CPU")
     with sampler:
         for job in jobs:

@@ -6,14 +6,11 @@ replay. Owns no file: outcomes go to the host as events.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +18,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from smbench.worker.gate import Truth, Verdict, examine, restore
+from smbench.worker.precompile import Task, compile_all
 from smbench.worker.timing import Flush, capture, sample
 from smbench_kernels import configs, hardware
 from smbench_kernels.op import Config, Inputs, Op, Point, Tunable, UnsupportedPoint
@@ -247,35 +245,17 @@ def quality(clock: PointClock, space: Sequence[Config], searched: Config, kept: 
 
 
 def _precompile(jobs: Sequence[_Job], capability: tuple[int, int]) -> int:
-    """Fill Triton's cache by processes without a GPU, one a core; the number of binaries that the points need."""
-    wanted: dict[str, tuple[str, str | None, Point, Config]] = {}
+    """Compile what the search of points may launch; the number of binaries that they need."""
+    wanted: dict[str, Task] = {}
     for job in jobs:
         tunable, space = job.tunable, job.tunable.space(job.axes)
         if (refine := tunable.refine) and space:
             # a space may begin and end with different kernels, each with its own surroundings
             space = [*space, *refine(job.axes, space[0]), *refine(job.axes, space[-1])]
         for config in space:
-            wanted.setdefault(tunable.binary(job.axes, config), (job.op.name, job.provider, job.axes, config))
-    tasks = list(wanted.values())
-    if not tasks:
-        return 0
-    workers = min(len(tasks), len(os.sched_getaffinity(0)))
-    compute_capability = capability[0] * 10 + capability[1]
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(_compile_one, tasks, [compute_capability] * len(tasks), chunksize=1))
-    return len(tasks)
-
-
-def _compile_one(task: tuple[str, str | None, Point, Config], compute_capability: int) -> None:
-    name, provider, axes, config = task
-    tunable = find_op(name).tuning(provider)
-    try:
-        tunable.precompile(axes, config, compute_capability)
-    except Exception as error:
-        # the search meets it again, and passes it by
-        if tunable.library is None:
-            raise
-        sys.stderr.write(f"{name} {provider} {dict(config)}: {type(error).__name__}: {error}\n")
+            task = Task(job.op.name, job.provider, job.axes, config)
+            wanted.setdefault(f"{job.provider} {tunable.binary(job.axes, config)}", task)
+    return max(compile_all(list(wanted.values()), capability[0] * 10 + capability[1]), default=0)
 
 
 def _copy_bandwidth(device: torch.device) -> float:
