@@ -77,12 +77,30 @@ def launched(bound: lora_prefill.Bound) -> None:
     )
 
 
+def scattered(chunk: int, *counts: int) -> Batch:
+    """So many tokens of each LoRA, then without one, in any order."""
+    loras = torch.cat([torch.full((count,), which) for which, count in zip((0, 1, 2, -1), counts, strict=True)])
+    return planned(chunk, loras[torch.randperm(len(loras))])
+
+
 Make = Callable[[], Batch]
 SHRINKS: dict[str, tuple[Make, Shrink, int]] = {
     "one block": (lambda: sequences(70, 40, 130), Shrink(64, 8, 1, 1, 1, 1, True, False, torch.bfloat16), 136),
     "columns shared": (lambda: sequences(128, 5, 200), Shrink(128, 19, 1, 4, 2, 1, True, False, torch.float16), 1096),
     "more blocks than columns": (lambda: sequences(10, 3), Shrink(64, 8, 1, 3, 1, 1, True, False, torch.float16), 72),
     "slices of a plan": (lambda: mixed(64), Shrink(64, 5, 3, 3, 1, 2, False, True, torch.float16), 264),
+    # ranks in shares of 16 and 8; two blocks have a second piece of the columns
+    "sixteen blocks": (
+        lambda: scattered(64, 0, 99, 0, 5),
+        Shrink(64, 24, 1, 16, 1, 2, True, True, torch.bfloat16, 2),
+        1144,
+    ),
+    # shares of 8, 8 and 3 ranks; most blocks have no columns
+    "fewer tokens than a tile": (
+        lambda: scattered(128, 3, 0, 41, 7),
+        Shrink(128, 19, 1, 12, 2, 1, True, True, torch.float16, 4),
+        520,
+    ),
 }
 
 
@@ -91,12 +109,14 @@ def test_shrink(case: str) -> None:
     make, kernel, hidden = SHRINKS[case]
     batch = make()
     tokens = len(batch.loras)
+    with_lora = batch.loras >= 0
     x = torch.randn(tokens, hidden).to(kernel.dtype)
+    # what the unused rows of a tile lead to must not matter
+    x[~with_lora] = torch.nan
     a = [(torch.randn(LORAS, kernel.rank, hidden) / hidden**0.5).to(kernel.dtype) for _ in range(kernel.slices)]
     out = torch.randn(kernel.slices, tokens, kernel.rank)
     expected = out.double()
-    if not kernel.accumulate:
-        out[:, batch.loras >= 0] = torch.nan
+    out[:, ~with_lora if kernel.accumulate else slice(None)] = torch.nan
     for which, weights in enumerate(a):
         for lora in range(LORAS):
             rows = (batch.loras == lora).nonzero().flatten()
@@ -104,8 +124,8 @@ def test_shrink(case: str) -> None:
             expected[which, rows] = change + (expected[which, rows] if kernel.accumulate else 0)
     # fewer clusters than tiles: each takes several
     launched(lora_prefill.bound_shrink(kernel, x, a, batch.given, out, SCALE, 2, emulated_sm90.tensor_map))
-    assert torch.equal(out[:, batch.loras < 0].double(), expected[:, batch.loras < 0])
-    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
+    assert out[:, ~with_lora].isnan().all(), "a row of a token without a LoRA was written"
+    torch.testing.assert_close(out[:, with_lora].double(), expected[:, with_lora], rtol=0, atol=1e-5)
 
 
 EXPANDS: dict[str, tuple[Make, Expand, tuple[int, ...]]] = {

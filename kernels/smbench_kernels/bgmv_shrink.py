@@ -16,7 +16,7 @@ from typing import Any
 
 import triton.language as tl
 
-from smbench_kernels import hardware, lora_decode_ops, model
+from smbench_kernels import hardware, lora_decode_wide, model
 from smbench_kernels.launch import Call, Workspace, ceil_div, jit, next_power_of_two
 from smbench_kernels.lora import SCALE, Sizes, make_op
 from smbench_kernels.model import Plan
@@ -187,8 +187,9 @@ KERNEL = OwnKernel(
     workspace_sizes,
     call,
     expands=False,
-    cuda=lora_decode_ops.SHRINK,
-    contenders=contenders,
+    cuda=lora_decode_wide.SHRINK,
+    # prefill's kernel too: no default before it was timed
+    contenders=lambda point: contenders(point) + lora_decode_wide.SHRINK.contenders(point),
     preferred=preferred,
 )
 TUNABLE = KERNEL.tunable

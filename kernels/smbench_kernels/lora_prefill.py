@@ -4,7 +4,8 @@ The kernels, CUDA C++, are in `lora_prefill_shrink_source` and `lora_prefill_exp
 with a LoRA each (`Sequences`) or as a plan (`lora_plan.Plan`), whose segments are then the tiles. A configuration says
 how many tokens a tile has (TOKENS: 64 or 128; a plan's chunk), how many times 64 columns are copied together
 (CHUNKS), how many thread blocks a multiprocessor holds (PER_SM); for shrink how many blocks share a tile's columns
-(CLUSTER), for expand how many copies of y a block makes before it turns to other tokens (RUN).
+(CLUSTER: up to 16) and, where given, by how many of these its ranks are shared too (SPLIT); for expand how many copies
+of y a block makes before it turns to other tokens (RUN).
 
 Every function returns one that launches on the current stream: no synchronization, no allocation, and tensors are
 looked at by the kernels alone, so that a graph may be replayed for other LoRA indices.
@@ -107,8 +108,9 @@ def shrink(
     """
     kernel = shrink_kernel(x, a, batch, config, accumulate)
     loaded = _loaded(kernel, x.device)
-    clusters = kernel.per_sm * hardware.of(x.device).sm_count
-    if kernel.cluster > 1:
+    clusters = kernel.places(hardware.of(x.device).sm_count)
+    # of larger ones the driver answers nothing before a launch has allowed them
+    if 1 < kernel.cluster <= nvrtc.PORTABLE_CLUSTER:
         clusters = loaded.resident_clusters(kernel.threads, kernel.shared_bytes, kernel.cluster)
     return bound_shrink(kernel, x, a, batch, out, scale, clusters).launch(loaded)
 
@@ -120,7 +122,7 @@ def shrink_kernel(
     rank, planned = a[0].shape[1], not isinstance(batch, Sequences)
     return Shrink(
         *(config["TOKENS"], rank, len(a), config["CLUSTER"], config["CHUNKS"], config["PER_SM"]),
-        *(accumulate, planned, x.dtype),
+        *(accumulate, planned, x.dtype, config.get("SPLIT", 1)),
     )
 
 

@@ -22,7 +22,7 @@ BOX, FEW = 16, 4
 COPY_WARPS = 4
 WIDEST = 192
 """Most columns of shrink's sums: they have to fit into registers, and into shared memory where blocks exchange them."""
-MOST_SLICES, MOST_CLUSTER, MOST_STAGES = 3, 8, 12
+MOST_SLICES, MOST_STAGES = 3, 12
 ROOM = hardware.TYPICAL[CAPABILITY].shared_bytes_per_program
 RESERVED = hardware.KIB
 """Shared memory that every resident block costs beside its own; also what aligning tiles may cost."""
@@ -65,6 +65,8 @@ class Shrink:
     planned: bool
     """Tiles come from a plan, else from sequences."""
     dtype: torch.dtype
+    split: int = 1
+    """Shares of a slice's ranks, each of them a block's: more blocks, each of which reads x."""
 
     name = "lora_prefill_shrink"
 
@@ -72,11 +74,16 @@ class Shrink:
     def ranks(self) -> int:
         """Ranks of a slice that a block takes at once: equal shares, multiples of 8."""
         most = WIDEST // self.slices // 8 * 8
-        return ceil_div(ceil_div(self.rank, ceil_div(self.rank, most)), 8) * 8
+        return ceil_div(ceil_div(self.rank, max(self.split, ceil_div(self.rank, most))), 8) * 8
 
     @property
     def rank_tiles(self) -> int:
         return ceil_div(self.rank, self.ranks)
+
+    def places(self, sms: int) -> int:
+        """Clusters that so many multiprocessors hold at once, as far as can be told without asking the driver."""
+        # those of more than two blocks need neighbours, of which every unit of the chip leaves some over
+        return max(1, self.per_sm * sms // self.cluster * (8 if self.cluster > 2 else 9) // 9)
 
     @property
     def threads(self) -> int:
@@ -92,8 +99,8 @@ class Shrink:
 
     @cached_property
     def stages(self) -> int:
-        # beside the sums: addresses, and a row of parts of eight blocks
-        registers = self.slices * self.ranks // 2 + 48
+        # a row's sums, later four parts of every block of the cluster, and addresses
+        registers = max(self.slices * self.ranks // 2, 4 * self.cluster) + 48
         return _stages(self.stage_bytes, self._part_bytes, self.per_sm, self.threads, registers)
 
     @property

@@ -1,7 +1,7 @@
-"""The Hopper prefill kernels behind `sgmv_shrink` and `sgmv_expand`: search space, time model, binding.
+"""The Hopper prefill kernels behind operations of one slice, and `sgmv_shrink` and `sgmv_expand` by them.
 
-Owns neither the kernels nor how a configuration is chosen. The space holds the portable kernel's configurations too,
-since small batches may be faster with them.
+Owns neither the kernels nor how a configuration is chosen. The space of the latter holds the portable kernel's
+configurations too, since small batches may be faster with them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,61 @@ import torch
 from smbench_kernels import hardware, lora_prefill, lora_prefill_space, model, nvrtc
 from smbench_kernels.launch import ceil_div
 from smbench_kernels.lora import SCALE, Sizes
+from smbench_kernels.lora_plan import Plan
 from smbench_kernels.lora_prefill_kernels import CAPABILITY, FEATURES, DoesNotFit, Expand, Shrink, source
+from smbench_kernels.lora_prefill_space import Problem
 from smbench_kernels.op import Config, Inputs, Point, Prepared, UnsupportedPoint
 
 LONG_TOKENS, PORTABLES = 1024, 32
 """From how many tokens on, and how many: the search should come to all of ours before it loses patience."""
 FACTS = hardware.TYPICAL[CAPABILITY].facts()
+
+
+@dataclass(frozen=True, slots=True)
+class OneSlice:
+    """Shrink or expand of one slice, whether sequences or a plan tell which tokens have which LoRA."""
+
+    expands: bool
+
+    def unsupported(self, sizes: Sizes, capability: int) -> str | None:
+        """Why a card of this capability cannot run such sizes, or None."""
+        if self.expands:
+            return lora_prefill.unsupported(0, sizes.rank, (sizes.hidden,), capability)
+        return lora_prefill.unsupported(sizes.hidden, sizes.rank, (), capability)
+
+    def kernel(self, problem: Problem, config: Config) -> Shrink | Expand:
+        """The kernel of a configuration. Whether it fits, its `stages` tell."""
+        return problem.expand(config) if self.expands else problem.shrink(config)
+
+    def binary(self, problem: Problem, config: Config) -> str:
+        """What distinguishes compiled kernels."""
+        kernel = self.kernel(problem, config)
+        return f"{kernel.name} {sorted(kernel.macros.items())}"
+
+    def precompile(self, problem: Problem, config: Config, capability: int) -> None:
+        """Compile into Triton's cache folder; the capability is one that `unsupported` takes."""
+        kernel = self.kernel(problem, config)
+        nvrtc.compiled(source(kernel), kernel.macros, f"{capability}{FEATURES}")
+
+    def prepared(
+        self,
+        problem: Problem,
+        inputs: Inputs,
+        batch: lora_prefill.Sequences | Plan,
+        config: Config,
+        config_source: str,
+    ) -> Prepared:
+        """A configuration bound to inputs and what tells their LoRAs. UnsupportedPoint where it does not fit."""
+        x, weights, y = inputs["x"], [inputs["weights"]], inputs["y"]
+        try:
+            if self.expands:
+                run = lora_prefill.expand(x.unsqueeze(0), weights, y, batch, config)
+            else:
+                run = lora_prefill.shrink(x, weights, batch, y.unsqueeze(0), SCALE, config, accumulate=True)
+        except DoesNotFit as reason:
+            raise UnsupportedPoint(f"configuration {dict(config)}: {reason}") from reason
+        kernel = self.kernel(problem, config)
+        return Prepared(run, config, config_source, kernels=lambda: lora_prefill.facts(kernel, y.device))
 
 
 @dataclass(frozen=True)
@@ -34,7 +83,7 @@ class Prefill:
 
     def takes(self, point: Point, capability: int) -> bool:
         """Whether a card of this capability can run the point."""
-        return self._unsupported(point, capability) is None
+        return self._ours.unsupported(Sizes.of(point), capability) is None
 
     def space(self, point: Point) -> list[Config]:
         """Ours and the portable kernel's, for long batches its likeliest; none where ours do not take the point."""
@@ -57,43 +106,32 @@ class Prefill:
         """What binds a configuration and its source. UnsupportedPoint where device or sizes are not for the kernels."""
         device, sizes = inputs["y"].device, Sizes.of(point)
         major, minor = torch.cuda.get_device_capability(device)
-        if reason := self._unsupported(point, 10 * major + minor):
+        if reason := self._ours.unsupported(sizes, 10 * major + minor):
             raise UnsupportedPoint(f"the CUDA C++ kernels: {reason}")
         batch = lora_prefill.Sequences(inputs["indices"], inputs["seq_lens"], inputs["seq_starts"], sizes.seq_len)
-        x, weights, y = inputs["x"], [inputs["weights"]], inputs["y"]
-
-        def prepare(config: Config, source: str) -> Prepared:
-            try:
-                if self.expands:
-                    run = lora_prefill.expand(x.unsqueeze(0), weights, y, batch, config)
-                else:
-                    run = lora_prefill.shrink(x, weights, batch, y.unsqueeze(0), SCALE, config, accumulate=True)
-            except DoesNotFit as reason:
-                raise UnsupportedPoint(f"configuration {dict(config)}: {reason}") from reason
-            kernel = self.kernel(point, config)
-            return Prepared(run, config, source, kernels=lambda: lora_prefill.facts(kernel, device))
-
-        return prepare
+        problem = self._problem(point)
+        return lambda config, source: self._ours.prepared(problem, inputs, batch, config, source)
 
     def binary(self, point: Point, config: Config) -> str:
         """What distinguishes compiled kernels."""
-        kernel = self.kernel(point, config)
-        return f"{kernel.name} {sorted(kernel.macros.items())}"
+        return self._ours.binary(self._problem(point), config)
 
     def precompile(self, point: Point, config: Config, capability: int) -> None:
         """Compile into Triton's cache folder; nothing for a capability that cannot run them."""
         if self.takes(point, capability):
-            kernel = self.kernel(point, config)
-            nvrtc.compiled(source(kernel), kernel.macros, f"{capability}{FEATURES}")
+            self._ours.precompile(self._problem(point), config, capability)
 
     def kernel(self, point: Point, config: Config) -> Shrink | Expand:
         """The kernel of a configuration. Whether it fits, its `stages` tell."""
-        problem = self._problem(point)
-        return problem.expand(config) if self.expands else problem.shrink(config)
+        return self._ours.kernel(self._problem(point), config)
 
-    def _problem(self, point: Point) -> lora_prefill_space.Problem:
+    @property
+    def _ours(self) -> OneSlice:
+        return OneSlice(self.expands)
+
+    def _problem(self, point: Point) -> Problem:
         sizes = Sizes.of(point)
-        return lora_prefill_space.Problem(
+        return Problem(
             tokens=sizes.tokens,
             hidden=sizes.hidden,
             rank=sizes.rank,
@@ -106,9 +144,3 @@ class Prefill:
             accumulate=True,
             dependent=False,
         )
-
-    def _unsupported(self, point: Point, capability: int) -> str | None:
-        sizes = Sizes.of(point)
-        if self.expands:
-            return lora_prefill.unsupported(0, sizes.rank, (sizes.hidden,), capability)
-        return lora_prefill.unsupported(sizes.hidden, sizes.rank, (), capability)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from smbench_kernels import model
 from smbench_kernels.launch import ceil_div, next_power_of_two
+from smbench_kernels.lora_decode_space import SMALL_GROUP
 from smbench_kernels.lora_plan import capacity
 from smbench_kernels.lora_prefill_kernels import COLUMNS, TOKENS, DoesNotFit, Expand, Shrink
 from smbench_kernels.op import Config
 
 CLUSTERS = (1, 2, 4, 8)
+NOTHING: Config = {}
+FEW_TILES_CLUSTERS, FEW_TILES_SPLITS = (4, 8, 10, 12, 16), (1, 2, 3, 4)
+"""Where tiles are so few that multiprocessors are left without a block. An H200 holds 15 clusters of 8 and 7 of 16, so
+that 6 or 7 of 16 or 8 of fewer blocks give work to the most of it."""
 CHUNKS = (1, 2)
 PER_SM = (1, 2)
 RUNS = (2, 4, 8, 16)
@@ -21,6 +26,8 @@ RUNS = (2, 4, 8, 16)
 MEETING_S = 0.5e-6
 """What a cluster costs for each of its blocks: for 2048 tokens of hidden size 4096 and rank 16 clusters of 8 took
 12.6 us on an H200, where the rest of the model says 6."""
+EXCHANGE_S = 1.2e-6
+"""On paper: launching clusters, an arrival at the others and loads from them (NOTES-lora-prefill.md)."""
 LEAST_RING_BYTES = 64 * 1024
 """Of all blocks of a multiprocessor: some 40 KB have to be in flight, and as much again is being used."""
 
@@ -52,7 +59,7 @@ class Problem:
         """The kernel of a configuration. Whether it fits, its `stages` tell."""
         return Shrink(
             *(config["TOKENS"], self.rank, len(self.outputs), config["CLUSTER"], config["CHUNKS"], config["PER_SM"]),
-            *(self.accumulate, self.planned, self.dtype),
+            *(self.accumulate, self.planned, self.dtype, config.get("SPLIT", 1)),
         )
 
     def expand(self, config: Config) -> Expand:
@@ -72,6 +79,7 @@ def over_plan(
     dtype: torch.dtype,
     *,
     dependent: bool,
+    accumulate: bool = False,
 ) -> Problem:
     """The problem of a batch whose tokens a plan has sorted by LoRA, spread evenly over these."""
 
@@ -89,24 +97,39 @@ def over_plan(
         longest=tokens,
         tiles=tiles,
         planned=True,
-        accumulate=False,
+        accumulate=accumulate,
         dependent=dependent,
     )
 
 
-def shrink_space(problem: Problem) -> list[Config]:
-    """Tiles as long as sequences are, columns shared by up to 8 blocks, one or two blocks to a multiprocessor."""
+def shrink_space(problem: Problem, clusters: Sequence[int] = CLUSTERS, also: Config = NOTHING) -> list[Config]:
+    """Tiles as long as sequences are, columns shared by up to 8 blocks, one or two blocks to a multiprocessor.
+
+    Each configuration has what `also` has.
+    """
     return [
         config
         for tokens in _tiles_of(problem)
-        for cluster in CLUSTERS
+        for cluster in clusters
         for chunks in CHUNKS
         for per_sm in PER_SM
         if cluster * chunks * COLUMNS < problem.hidden + chunks * COLUMNS
         and _fits(
             problem.shrink,
-            config := {"TOKENS": tokens, "CLUSTER": cluster, "CHUNKS": chunks, "PER_SM": per_sm},
+            config := {"TOKENS": tokens, "CLUSTER": cluster, "CHUNKS": chunks, "PER_SM": per_sm, **also},
         )
+    ]
+
+
+def few_tiles_shrink_space(problem: Problem) -> list[Config]:
+    """For fewer tiles than multiprocessors: columns shared by up to 16 blocks, and ranks by as many as make more."""
+    any_config = {"TOKENS": TOKENS[0], "CLUSTER": 1, "CHUNKS": 1, "PER_SM": 1}
+    # shares of ranks are multiples of 8, so that small ranks have fewer; large ones are shared anyway
+    splits = {problem.shrink({**any_config, "SPLIT": n}).rank_tiles: n for n in reversed(FEW_TILES_SPLITS)}
+    return [
+        config
+        for split in sorted(splits.values())
+        for config in shrink_space(problem, FEW_TILES_CLUSTERS, {"SPLIT": split})
     ]
 
 
@@ -127,9 +150,7 @@ def shrink_plan(problem: Problem, config: Config, sms: int) -> model.Plan:
     """What a shrink does. The tile at a sequence's end counts as a whole one."""
     kernel = problem.shrink(config)
     tiles, cluster = problem.tiles(kernel.tokens) * kernel.rank_tiles, kernel.cluster
-    # clusters of more than two need neighbours, of which every unit of the chip leaves some over
-    places = kernel.per_sm * sms // cluster * (8 if cluster > 2 else 9) // 9
-    blocks = min(tiles, max(1, places)) * cluster
+    blocks = min(tiles, kernel.places(sms)) * cluster
     steps = ceil_div(tiles * cluster, blocks) * ceil_div(problem.hidden, cluster * kernel.chunks * COLUMNS)
     slices = len(problem.outputs)
     x, out = 2.0 * problem.tokens * problem.hidden, 4.0 * problem.tokens * problem.rank * slices
@@ -176,6 +197,23 @@ def shrink_seconds(problem: Problem, config: Config, device: Mapping[str, float]
     return model.seconds(shrink_plan(problem, config, int(device["sm_count"])), device)
 
 
+def few_tiles_shrink_seconds(problem: Problem, config: Config, device: Mapping[str, float]) -> float:
+    """The same where no cluster has more than one tile or two, as far as can be told on paper.
+
+    MEETING_S is of clusters of 8 in two waves: with it the search would try none of these before it has lost patience.
+    Clusters that do not all have multiprocessors of their own share these or take turns: what the busiest of them
+    loads counts.
+    """
+    sms, kernel = int(device["sm_count"]), problem.shrink(config)
+    plan, clusters = shrink_plan(problem, config, sms), problem.tiles(kernel.tokens) * kernel.rank_tiles
+    turns = ceil_div(clusters, _clusters_apart(kernel.cluster, sms))
+    busiest = turns * plan.cache_bytes / (clusters * kernel.cluster)
+    fetched = 4.0 * kernel.tokens * kernel.ranks * kernel.slices
+    exchange_s = EXCHANGE_S + fetched / model.REDUCE_BYTES_PER_S if kernel.cluster > 1 else 0.0
+    cache_bytes = busiest * min(sms, plan.programs)
+    return model.seconds(replace(plan, cache_bytes=cache_bytes, exchange_s=exchange_s), device)
+
+
 def expand_seconds(problem: Problem, config: Config, device: Mapping[str, float]) -> float:
     """Modelled time of an expand."""
     return model.seconds(expand_plan(problem, config, int(device["sm_count"])), device)
@@ -204,6 +242,11 @@ def around(problem: Problem, config: Config) -> list[Config]:
     expands = [other for other in expand_space(problem) if other["TOKENS"] == shrink["TOKENS"]]
     shrinks = [other for other in shrink_space(problem) if other["TOKENS"] == shrink["TOKENS"] and other != shrink]
     return [linear_config(shrink, other) for other in expands] + [linear_config(other, expand) for other in shrinks]
+
+
+def _clusters_apart(cluster: int, sms: int) -> int:
+    """Clusters that share no multiprocessor: an H200's 132 are groups of 16 and 18, and one of fewer."""
+    return max(1, sms // 18 * (16 // cluster) + SMALL_GROUP // cluster)
 
 
 def _tiles_of(problem: Problem) -> list[int]:
