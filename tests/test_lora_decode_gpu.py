@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from smbench_kernels import lora, lora_linear, lora_plan
-from smbench_kernels.lora_linear_space import FUSED, joined
+from smbench_kernels.lora_linear_expands import AHEAD, EXPANDS, PORTABLE, WAITING, WIDE
+from smbench_kernels.lora_linear_space import FUSED, expand_part, joined
 from smbench_kernels.op import Config, Inputs, Point, UnsupportedPoint
 from smbench_kernels.own import KERNEL
 from smbench_kernels.registry import op as find_op
@@ -25,6 +26,13 @@ CONFIGS: dict[str, Config] = {
     "pair through memory": joined({**SHRINK, "CLUSTER": 0}, {**EXPAND, "CHUNK": 8}),
     "pair of a ring": joined({**SHRINK, "CHUNK": 48, "STAGES": 4, "STEPS": 1}, {**EXPAND, "CHUNK": 48}),
     "pair unsplit": joined({**SHRINK, "PARTS": 1, "CHUNK": 8}, {**EXPAND, "BLOCKS": 1}),
+    "pair that waits": joined(SHRINK, {**EXPAND, KERNEL: WAITING, "CHUNK": 8}),
+    "pair that waits, through memory": joined({**SHRINK, "CLUSTER": 0}, {**EXPAND, KERNEL: WAITING}),
+    "pair with prefill's": joined(SHRINK, {KERNEL: WIDE, "TOKENS": 64, "CHUNKS": 1, "PER_SM": 2, "RUN": 4}),
+    "pair with prefill's long tiles": joined(
+        {**SHRINK, "PARTS": 1}, {KERNEL: WIDE, "TOKENS": 128, "CHUNKS": 1, "PER_SM": 1, "RUN": 16}
+    ),
+    "pair with the portable": joined(SHRINK, {KERNEL: PORTABLE, "BLOCK_N": 64, "SPLIT_N": 8, "num_warps": 1}),
     "one": ONE,
     "one of a ring": {**ONE, "STAGES": 3, "PARTS": 4, "CHUNK": 24},
 }
@@ -47,7 +55,8 @@ def make(point: Point, without: int = 0) -> Inputs:
     seed = random.randrange(2**31)
     sys.stderr.write(f"seed {seed}\n")
     inputs = lora_linear.make_inputs(point, seed, torch.device("cuda"), no_lora=without)
-    inputs["y"][lora.token_indices(inputs) < 0] = torch.nan
+    for name in ("x", "y"):
+        inputs[name][lora.token_indices(inputs) < 0] = torch.nan
     return inputs
 
 
@@ -59,6 +68,10 @@ def check(point: Point, inputs: Inputs, run: Callable[[], None]) -> None:
     assert inputs["y"][~used].isnan().all(), "a row of a token without a LoRA was written"
     error, change = (inputs["y"].double() - expected)[used], (expected - before.double())[used]
     assert error.norm() <= OP.tolerance(point).relative * change.norm()
+
+
+def test_every_expand_of_a_pair_has_a_configuration_here() -> None:
+    assert {expand_part(config).get(KERNEL, AHEAD) for config in CONFIGS.values()} == set(EXPANDS)
 
 
 @pytest.mark.parametrize("axes", SHAPES, ids=str)
@@ -85,7 +98,8 @@ def test_the_default_computes_the_definition(axes: dict[str, int | str]) -> None
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_graph_is_replayed_for_other_loras_with_the_same_bits(name: str) -> None:
-    point = point_of({"batch": 33, "projection": "qkv"})
+    # the portable expand takes one slice
+    point = point_of({"batch": 33, "projection": "square" if "portable" in name else "qkv"})
     inputs = make(point)
     try:
         prepared = OP.tuning().prepare(point, inputs, CONFIGS[name])

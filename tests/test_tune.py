@@ -95,6 +95,20 @@ def test_what_won_nearby_is_tried_first_if_it_belongs_to_the_space() -> None:
     assert clock.asked[0][0] == 3
 
 
+def test_what_won_before_is_tried_first_though_only_a_refinement_leads_to_it() -> None:
+    clock = Clock({1: 3e-6, 2: 2e-6, 77: 1e-6, 78: 0.5e-6})
+    own = dataclasses.replace(tunable({1: 1.0, 2: 1.0}), predict=lambda *_: 1.0)
+    hints = [{"BLOCK": 78}, {"BLOCK": 77}, {"BLOCK": 77}, {"BLOCK": 2}]
+    admitting = dataclasses.replace(own, admits=lambda _point, config: config["BLOCK"] == 77)
+    choice = search(POINT, admitting, {}, clock, hints)
+    assert choice is not None and choice.config == {"BLOCK": 77}
+    # two of the space and the hint, each screened once
+    assert (choice.candidates, choice.timed) == (3, 3)
+    assert {block for block, _ in clock.asked[:2]} == {77, 2}
+    kept = search(POINT, own, {}, clock, hints)
+    assert kept is not None and kept.config == {"BLOCK": 2}
+
+
 def test_a_search_begins_with_what_the_files_hold_for_the_point(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a repeated search does not end worse. A library's space is searched whole."""
     table = configs.load(configs.path_of("NVIDIA H200", "bgmv_shrink"))

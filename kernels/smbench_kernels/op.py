@@ -139,6 +139,12 @@ class Tunable:
     """`prepare` in two steps, where a part is common to all configurations: what a library makes once a batch."""
     refine: Callable[[Point, Config], list[Config]] | None = None
     """A second space around the winner of the first, for a call of several kernels: the product would be too large."""
+    admits: Callable[[Point, Config], bool] | None = None
+    """Whether a configuration that `space` does not hold may win at a point all the same, as one that `refine` leads
+    to: a search tries it if it won here or nearby before. None: only what `space` holds is tried."""
+    starts: Callable[[Point, torch.device], list[Config]] | None = None
+    """What files of other operations suggest for a point, to be tried first as far as it is admitted: a call of several
+    kernels, where each is tuned alone."""
     exhaustive: bool = False
     """Every configuration is tried, whatever `predict` says: for a library's kernel, lest our model starve it."""
     library: Callable[[], str] | None = None

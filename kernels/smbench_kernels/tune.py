@@ -51,8 +51,10 @@ def search(
     """The best configuration of a point; None where none is right. `facts` are those of Tunable.predict.
 
     A Tunable that refines is searched again around what won, until that stays the best, at most REFINEMENTS times.
+    Hints are tried first: those that belong to the space, and those that the Tunable admits.
     """
-    best = _search(point, tunable.space(point), tunable, facts, clock, hints)
+    space = tunable.space(point)
+    best = _search(point, [*space, *_admitted(point, space, tunable, hints)], tunable, facts, clock, hints)
     for _ in range(REFINEMENTS if tunable.refine else 0):
         if best is None or tunable.refine is None:
             break
@@ -66,6 +68,15 @@ def search(
         if settled:
             break
     return best
+
+
+def _admitted(point: Point, space: Sequence[Config], tunable: Tunable, hints: Sequence[Config]) -> list[Config]:
+    """Each hint that the Tunable admits beside what its space holds."""
+    found: list[Config] = []
+    for hint in hints:
+        if tunable.admits and hint not in space and hint not in found and tunable.admits(point, hint):
+            found.append(hint)
+    return found
 
 
 def _search(

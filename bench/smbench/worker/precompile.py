@@ -97,7 +97,8 @@ def of_cells(cells: Sequence[Cell], device: torch.device) -> dict[str, Task]:
         ours = cell.provider in (DEFAULT, TUNED)
         if (shipped or op.tunable is None) if ours else cell.provider not in op.peer_tunables:
             continue
-        with contextlib.suppress(UnsupportedPoint):
+        # ValueError: the nearest point's configuration, which does not fit this one
+        with contextlib.suppress(UnsupportedPoint, ValueError):
             task = Task(op.name, None if ours else cell.provider, cell.axes, _config(op, cell, card, device))
             found.setdefault(f"{task.provider} {op.tuning(task.provider).binary(task.point, task.config)}", task)
     return found

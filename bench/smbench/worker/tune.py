@@ -192,14 +192,15 @@ def _hints(job: _Job, known: Sequence[Mapping[str, Any]]) -> list[Config]:
 def _kept(job: _Job, device: torch.device) -> list[Config]:
     """What the files of this device hold for the point or the nearest one: a repeated search does not end worse.
 
-    A library's space is searched whole.
+    And what they hold for the parts of a call. A library's space is searched whole.
     """
     if job.provider is not None:
         return []
+    parts = job.tunable.starts(job.axes, device) if job.tunable.starts else []
     try:
-        return [configs.tuned_config(job.op.name, job.axes, device)[0]]
+        return [configs.tuned_config(job.op.name, job.axes, device)[0], *parts]
     except UnsupportedPoint:
-        return []
+        return parts
 
 
 def _is_known(job: _Job, known: Sequence[Mapping[str, Any]], library: str | None) -> bool:
