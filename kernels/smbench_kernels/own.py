@@ -70,7 +70,8 @@ class OwnKernel:
     expands: bool
     cuda: CudaKernel | None = None
     contenders: Callable[[Point], list[Config]] = _none
-    """Configurations of the portable kernel that may be faster than the CUDA kernels' where these run."""
+    """What the tuner tries beside the CUDA kernels' space where these run, and no default is: configurations of the
+    portable kernel that may be faster, and of kernels that were never timed at such points."""
     preferred: Callable[[Point], Config | None] = _nothing
     """The one of them that was measured to be faster than the CUDA kernels' best at such points, if any."""
 

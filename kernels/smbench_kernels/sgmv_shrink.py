@@ -9,12 +9,12 @@ product come from memory unchanged, which keeps clear of the ptxas fault with re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import triton.language as tl
 
-from smbench_kernels import lora_prefill_own
+from smbench_kernels import hardware, lora_prefill_own
 from smbench_kernels.launch import SHARED_BYTES, Call, Workspace, ceil_div, jit, next_power_of_two
 from smbench_kernels.lora import SCALE, Sizes, make_op
 from smbench_kernels.lora_tiles import shrink_tile
@@ -22,6 +22,9 @@ from smbench_kernels.model import Plan
 from smbench_kernels.op import Config, Point
 from smbench_kernels.own import OwnKernel
 
+HOPPER = 90
+LEAST_WAVE, MOST_WAVES = 0.7, 2.2
+"""Programs of a contender by multiprocessors."""
 OP = make_op(
     "sgmv_shrink",
     "y[T, r] += x[T, h] . A[lora(sequence)]^T, one LoRA index per sequence",
@@ -138,21 +141,42 @@ def _tile_bytes(config: Config) -> int:
 
 
 def space(point: Point) -> list[Config]:
-    """Tiles of 16 to 64 tokens, splits up to 64; BLOCK_N covers the rank up to 64.
+    """Tiles of 16 to 64 tokens that fit any card's shared memory, splits up to 64; BLOCK_N covers the rank up to 64.
 
-    Left out is what exceeds shared memory, and splits and tiles that would leave programs idle.
+    Left out are splits and tiles that would leave programs idle.
     """
+    return _space(point, (16, 32, 64), (2, 3, 4), SHARED_BYTES)
+
+
+def contenders(point: Point) -> list[Config]:
+    """Tiles that fit Hopper alone, of 128 tokens or with four and six stages of up to 256 columns, in one wave or two.
+
+    At 8192 tokens the fastest peer had such tiles at 9 of 12 points, and took 1 to 3 % less time than ours
+    (NOTES-lora-prefill.md). For the tuner: no default before they were timed.
+    """
+    sizes, card, known = Sizes.of(point), hardware.TYPICAL[HOPPER], space(point)
+    wide = _space(point, (64, 128), (4, 6), card.shared_bytes_per_program)
+    found = []
+    for config in wide:
+        token_tiles, rank_tiles = _tiles(sizes, config)
+        waves = sizes.batch * token_tiles * rank_tiles * config["SPLIT_K"] / card.sm_count
+        if config not in known and config["BLOCK_K"] >= 128 and LEAST_WAVE <= waves <= MOST_WAVES:
+            found.append(config)
+    return found
+
+
+def _space(point: Point, tiles: Sequence[int], stages: Sequence[int], room_bytes: int) -> list[Config]:
     sizes = Sizes.of(point)
     block_n = min(64, max(16, next_power_of_two(sizes.rank)))
     found: list[Config] = []
-    for block_m in (16, 32, 64):
+    for block_m in tiles:
         if block_m > max(16, next_power_of_two(sizes.seq_len)):
             continue
         for block_k in (64, 128, 256):
             for split in (1, 2, 4, 8, 16, 32, 64):
                 if split > ceil_div(sizes.hidden, block_k):
                     continue
-                for num_stages in (2, 3, 4):
+                for num_stages in stages:
                     config = {
                         "BLOCK_M": block_m,
                         "BLOCK_N": block_n,
@@ -161,7 +185,7 @@ def space(point: Point) -> list[Config]:
                         "num_warps": 4,
                         "num_stages": num_stages,
                     }
-                    if _tile_bytes(config) <= SHARED_BYTES:
+                    if _tile_bytes(config) <= room_bytes:
                         found.append(config)
     return found
 
@@ -193,6 +217,7 @@ KERNEL = OwnKernel(
     *(OP, space, plan, workspace_sizes, call),
     expands=False,
     cuda=lora_prefill_own.Prefill(expands=False, portable=space, portable_plan=plan),
+    contenders=contenders,
 )
 TUNABLE = KERNEL.tunable
 default = KERNEL.default

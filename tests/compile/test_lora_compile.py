@@ -78,6 +78,21 @@ def test_compiles_within_the_limits(name: str, capability: int) -> None:
         assert found.stack_bytes <= SPILL_LIMIT_BYTES
 
 
+def test_tiles_for_hopper_alone_fit_it_and_are_no_default() -> None:
+    kernel, capability = kernel_of("sgmv_shrink"), 90
+    room = hardware.TYPICAL[capability].shared_bytes_per_program
+    for hidden, rank in ((4096, 64), (11008, 8), (14336, 64)):
+        point = {**point_of("sgmv_shrink", 16, hidden, rank, "bfloat16"), "seq_len": 512, "num_loras": 8}
+        found = kernel.contenders(point)
+        assert any(config["SPLIT_K"] == 1 and config["num_stages"] == 4 for config in found)
+        for config in random.sample(found, 1):
+            sys.stderr.write(f"{point} {config}\n")
+            used = resources(kernel.compiled(point, config, capability))
+            assert used.shared_bytes <= room and used.stack_bytes <= SPILL_LIMIT_BYTES
+        for card in hardware.TYPICAL.values():
+            assert kernel.default_config(point, card) not in found
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_precompiling_fills_the_cache_entry_that_a_launch_looks_up(name: str) -> None:
     """Tensors and plain dtypes, other batches and splits: one key wherever `binary` says one kernel."""
