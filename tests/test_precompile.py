@@ -98,6 +98,20 @@ def test_what_was_compiled_is_found_in_the_cache(monkeypatch: pytest.MonkeyPatch
     assert sorted(folder.iterdir()) == before
 
 
+def test_a_fault_of_this_is_no_reason_not_to_measure(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(tasks: Sequence[Task], capability: int) -> Iterator[int]:
+        yield 1
+        raise RuntimeError("no process can be started")
+
+    monkeypatch.setattr(precompile, "compile_all", broken)
+    monkeypatch.setattr(precompile, "FEWEST", 1)
+    told = list(precompile.ahead([Cell("bgmv_shrink", "smbench-tuned", LARGE)], DEVICE))
+    assert told[0]["done"] == 0
+    assert "no process can be started" in capfd.readouterr().err
+
+
 def test_a_kernel_that_does_not_compile_stops_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     assert list(precompile.compile_all([Task("bgmv_shrink", None, LARGE, {"KERNEL": 2})], 90)) == [1]
     assert "bgmv_shrink None {'KERNEL': 2}: KeyError" in capfd.readouterr().err

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -65,8 +66,16 @@ class Task:
 def ahead(cells: Sequence[Cell], device: torch.device) -> Iterator[dict[str, Any]]:
     """Compile what cells will launch on a GPU; how far it is, again and again: `done`, `of`, `seconds` since it began.
 
-    Nothing happens, and nothing is told, where there are few kernels or this very list was compiled before.
+    Nothing happens, and nothing is told, where there are few kernels or this very list was compiled before. Whatever
+    goes wrong is in the log, and no reason not to measure.
     """
+    try:
+        yield from _ahead(cells, device)
+    except Exception:  # noqa: BLE001
+        traceback.print_exc()
+
+
+def _ahead(cells: Sequence[Cell], device: torch.device) -> Iterator[dict[str, Any]]:
     began = time.perf_counter()
     tasks = of_cells(cells, device)
     major, minor = torch.cuda.get_device_capability(device)
