@@ -79,8 +79,16 @@ def test_the_block_stands_by_cached_tokens_with_its_bound(rendered: Rendered) ->
     line = next(row for row in table if row[:3] == ["4096", "128", "3968"])
     without, cache, graph = (float(value) for value in line[3:6])
     assert float(line[7][:-1]) == pytest.approx(without / graph, rel=1e-2)
-    assert float(line[9][:-2]) == pytest.approx(float(line[8]) / graph * 100, rel=1e-2)
+    assert float(line[9].removesuffix(" % †")) == pytest.approx(float(line[8]) / graph * 100, rel=1e-2)
     assert cache > graph
+
+
+def test_shares_of_cells_whose_clocks_were_held_down_are_marked(rendered: Rendered) -> None:
+    text = text_of(rendered, "full")
+    marked = {batch: [row[-1].endswith("†") for row in table_after(text, f"Batch {batch}:")[1:]] for batch in (1, 8)}
+    assert all(marked[8]) and not any(marked[1])
+    assert "held the clocks down while this cell ran: sw_power_cap." in text
+    assert "†" not in text_of(rendered, "cpu")
 
 
 def test_published_blocks_are_faulty_corrected_and_suspect(rendered: Rendered) -> None:

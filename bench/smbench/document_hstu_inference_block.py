@@ -13,6 +13,7 @@ from functools import cached_property
 from smbench.analysis import Row
 from smbench.cell import AxisValue
 from smbench.document_hstu_inference_published import MODEL
+from smbench.findings import held_down
 from smbench.stats import Range, Summary
 from smbench.views import Axes, View
 
@@ -129,6 +130,16 @@ class Block:
         """Of the bound: that over the time."""
         number, bound = self.number(provider, line), self.bound_s(line)
         return bound / number.median if number and bound else None
+
+    def held_down(self, line: Line) -> list[str]:
+        """What held the clocks down in the cell that the share is of; the bound's peaks know nothing of it."""
+        row = self.row(self.best, line) if self.best else None
+        return held_down(row.result) if row and row.result else []
+
+    @property
+    def limits(self) -> list[str]:
+        """The same of all points of the family."""
+        return sorted({reason for line in self.lines for reason in self.held_down(line)})
 
     def claimed(self, batch: AxisValue, length: int = CLAIM[0]) -> Line | None:
         """The point of the document's statement; of another history the one of which most is cached."""

@@ -11,6 +11,9 @@ from smbench.recipe import Recipe
 from smbench.result import Environment, Measurement, Result, Session, Work
 from smbench.stats import Summary
 
+BENIGN_REASONS = frozenset({"idle", "applications_clocks_setting"})
+"""Clock-event reasons that do not slow a running kernel below its set clocks."""
+
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
@@ -52,6 +55,11 @@ def clocks_hz(result: Result) -> Sequence[float]:
     """The SM clocks that were seen while a cell ran; empty where none was read."""
     clocks: Sequence[float] = result.telemetry.get("sm_clock_hz", ())
     return clocks
+
+
+def held_down(result: Result) -> list[str]:
+    """What held the clocks down while a cell ran, as the driver says."""
+    return [reason for reason in result.telemetry.get("throttle_reasons", ()) if reason not in BENIGN_REASONS]
 
 
 def work_of(result: Result, measurement: Measurement) -> Work | None:

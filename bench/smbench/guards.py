@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from smbench import guards_engine, guards_hstu, guards_image, guards_load
 from smbench.arch import Device
-from smbench.findings import Evidence, Finding, clocks_hz, timed, work_of
+from smbench.findings import Evidence, Finding, clocks_hz, held_down, timed, work_of
 from smbench.result import Environment, Measurement, Result
 from smbench.workloads import gpus_of
 
@@ -27,8 +27,6 @@ TIMER_LIMIT = 0.02
 """Relative error of a kernel of known length above which the timer is not trusted."""
 STACK_FACTS = ("libraries.", "missing", "python.", "runtime.", "variables.")
 """How the paths of facts begin that belong to the Python of a stack and not to the machine."""
-BENIGN_REASONS = frozenset({"idle", "applications_clocks_setting"})
-"""Clock-event reasons that do not slow a running kernel below its set clocks."""
 
 
 def correctness(evidence: Evidence) -> Iterator[Finding]:
@@ -129,12 +127,7 @@ def clocks(evidence: Evidence) -> Iterator[Finding]:
             f"run's highest ({lowest / 1e6:.0f} against {highest / 1e6:.0f} MHz)",
             "let the card cool, check its power limit, measure again",
         )
-    reasons = Counter(
-        reason
-        for result in evidence.results
-        for reason in result.telemetry.get("throttle_reasons", ())
-        if reason not in BENIGN_REASONS
-    )
+    reasons = Counter(reason for result in evidence.results for reason in held_down(result))
     for reason, count in reasons.items():
         yield Finding(
             "clocks",
