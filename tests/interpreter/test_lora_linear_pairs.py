@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -41,20 +41,12 @@ class Emulated:
     name: str
     macros: Mapping[str, int]
 
-    def launcher(
-        self,
-        grid: Sequence[int],
-        threads: int,
-        shared_bytes: int,
-        arguments: Sequence[Any],
-        cluster: int = 1,
-        dependent: bool = False,
-    ) -> Callable[[], None]:
-        given = (self.name, self.macros, grid, threads, shared_bytes, arguments)
+    def launcher(self, *launch: Any, cluster: int = 1, dependent: bool = False) -> Callable[[], object]:
+        run: Callable[..., object] = emulated_cuda.launch
+        source = self.source
         if self.name == "lora_prefill_expand":
-            source = TILES + lora_prefill_expand_source.KERNEL
-            return partial(emulated_sm90.launch, source, *given, cluster=cluster)
-        return partial(emulated_cuda.launch, self.source, *given, cluster=cluster)
+            run, source = emulated_sm90.launch, TILES + lora_prefill_expand_source.KERNEL
+        return partial(run, source, self.name, self.macros, *launch, cluster=cluster)
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -19,16 +18,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from smbench.errors import CorruptError, UsageError
 from smbench.worker import baked
+from smbench.worker.precompile import Task, on_all_cores
 from smbench_kernels import configs, hardware
 from smbench_kernels.hardware import Hardware
-from smbench_kernels.op import Config, Point, UnsupportedPoint
+from smbench_kernels.op import UnsupportedPoint
 from smbench_kernels.registry import op as find_op
 
 LIST_FORMAT = 1
@@ -36,23 +35,14 @@ FORMAT = 1
 """Version of baked.json. History: 1 = first."""
 
 
-@dataclass(frozen=True, slots=True)
-class Binary:
-    """One compiled kernel that is wanted, by one of the points and configurations that share it."""
-
-    op: str
-    point: Point
-    config: Config
-
-
-def wanted(request: Mapping[str, Any], configs_root: Path | None = None) -> list[Binary]:
+def wanted(request: Mapping[str, Any], configs_root: Path | None = None) -> list[Task]:
     """The distinct kernels that the points of a list need on the cards of its arch, in order.
 
     UsageError for an operation that does not say what it chooses by default.
     """
     typical = hardware.typical(request["capability"])
     cards = [_facts(typical, row) for row in request["devices"]]
-    found: dict[str, Binary] = {}
+    found: dict[str, Task] = {}
     for name, points in request["points"].items():
         if find_op(name).tunable is None:
             # nobody says which kernels its points take: they are compiled where they first run
@@ -72,7 +62,7 @@ def wanted(request: Mapping[str, Any], configs_root: Path | None = None) -> list
                 with contextlib.suppress(UnsupportedPoint):
                     chosen.append(configs.lookup(table, point)[0])
             for config in chosen:
-                found.setdefault(tunable.binary(point, config), Binary(name, point, config))
+                found.setdefault(tunable.binary(point, config), Task(name, None, point, config))
     return list(found.values())
 
 
@@ -82,22 +72,11 @@ def _facts(typical: Hardware, row: Mapping[str, Any]) -> Hardware:
     return replace(typical, **known)
 
 
-def compile_all(binaries: Sequence[Binary], capability: int, output: Path) -> list[str]:
+def compile_all(binaries: Sequence[Task], capability: int, output: Path) -> list[str]:
     """Compile kernels into a folder, on all cores, each process without a GPU; the key of each."""
-    if not binaries:
-        return []
     output.mkdir(parents=True, exist_ok=True)
-    workers = min(len(binaries), len(os.sched_getaffinity(0)))
-    context = multiprocessing.get_context("spawn")
-    with (
-        _environment(CUDA_VISIBLE_DEVICES="", TRITON_CACHE_DIR=str(output), TRITON_STORE_BINARY_ONLY="1"),
-        ProcessPoolExecutor(workers, mp_context=context) as pool,
-    ):
-        return list(pool.map(_compile_one, binaries, [capability] * len(binaries), chunksize=1))
-
-
-def _compile_one(binary: Binary, capability: int) -> str:
-    return find_op(binary.op).tuning().precompile(binary.point, binary.config, capability)
+    with _environment(CUDA_VISIBLE_DEVICES="", TRITON_CACHE_DIR=str(output), TRITON_STORE_BINARY_ONLY="1"):
+        return list(on_all_cores(Task.compile, binaries, capability))
 
 
 def compile_driver_module(output: Path) -> None:

@@ -15,11 +15,11 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -28,6 +28,7 @@ from smbench_kernels import configs, hardware
 from smbench_kernels.op import Config, Op, Point, UnsupportedPoint
 from smbench_kernels.registry import op as find_op
 
+Result = TypeVar("Result")
 DEFAULT, TUNED = "smbench", "smbench-tuned"
 """Providers over our own kernel, with the configuration that its model prefers and with the tuned one."""
 FEWEST = 24
@@ -61,6 +62,10 @@ class Task:
     """The provider over a library's kernel; None for our own."""
     point: Point
     config: Config
+
+    def compile(self, capability: int) -> str:
+        """Compile it for a capability into Triton's cache, without a GPU; its key there."""
+        return find_op(self.op).tuning(self.provider).precompile(self.point, self.config, capability)
 
 
 def ahead(cells: Sequence[Cell], device: torch.device) -> Iterator[dict[str, Any]]:
@@ -125,18 +130,23 @@ def _config(op: Op, cell: Cell, card: hardware.Hardware, device: torch.device) -
 
 
 def compile_all(tasks: Sequence[Task], capability: int) -> Iterator[int]:
-    """Fill Triton's cache by processes without a GPU, one a core; after each task, how many are done."""
+    """Fill Triton's cache; after each task, how many are done. What fails is in the log alone."""
+    for done, _ in enumerate(on_all_cores(_compile_one, tasks, capability), 1):
+        yield done
+
+
+def on_all_cores(work: Callable[[Task, int], Result], tasks: Sequence[Task], capability: int) -> Iterator[Result]:
+    """What `work` gives for each task, in their order, by processes without a GPU, one a core."""
     if not tasks:
         return
     workers = min(len(tasks), len(os.sched_getaffinity(0)))
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for done, _ in enumerate(pool.map(_compile_one, tasks, [capability] * len(tasks), chunksize=1), 1):
-            yield done
+        yield from pool.map(work, tasks, [capability] * len(tasks), chunksize=1)
 
 
 def _compile_one(task: Task, capability: int) -> None:
     try:
-        find_op(task.op).tuning(task.provider).precompile(task.point, task.config, capability)
+        task.compile(capability)
     # whatever a compiler raises, the cell or the search that launches the kernel meets it again
     except Exception as error:  # noqa: BLE001
         sys.stderr.write(f"{task.op} {task.provider} {dict(task.config)}: {type(error).__name__}: {error}\n")
