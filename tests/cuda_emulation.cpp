@@ -56,7 +56,6 @@ void make_fibers(Index first, unsigned threads, unsigned blocks)
         fiber.first_of_block = i - i % threads;
         fiber.done = false, fiber.waits_for = nullptr;
         fiber.cluster_arrivals = fiber.cluster_waits = 0;
-        fiber.shown = false;
         fiber.open.clear(), fiber.groups.clear();
         std::memset(fiber.published, 0, sizeof fiber.published);
         fibers.push_back(&fiber);
@@ -226,8 +225,7 @@ void multiply(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1
 
 // -------------------------------------------------------------------------------------------------- lora_primitives.py
 namespace {
-// of a run, which is read when it arrives, `from` and the fiber whose block must still be there
-struct Mail { unsigned char *to, *mailbox; float value[4]; int bytes; const unsigned char *from; const Fiber *sender; };
+struct Mail { unsigned char *to, *mailbox; float value[4]; };
 struct Mailbox { short missing, turn; int bytes; };
 std::vector<unsigned char *> cluster_memory;
 std::vector<Mail> mails;
@@ -239,27 +237,13 @@ void report(Mailbox &box, int reports, int bytes)
     if (box.missing == 0 && box.bytes == 0)
         box.missing = 1, box.turn ^= 1;
 }
-bool block_has_ended(const Fiber &one)
-{
-    return std::all_of(fibers.begin(), fibers.end(), [&](const Fiber *other) {
-        return other->first_of_block != one.first_of_block || other->done;
-    });
-}
 void deliver()
 {
-    // quads all at once, runs one by one, any of them first
-    do {
-        std::swap(mails.back(), mails[static_cast<size_t>(std::rand()) % mails.size()]);
-        const Mail mail = mails.back();
-        mails.pop_back();
-        if (mail.sender && block_has_ended(*mail.sender))
-            std::fprintf(stderr, "a block ended before a run that it sent had arrived\n"), std::abort();
-        std::memcpy(mail.to, mail.from ? static_cast<const void *>(mail.from) : mail.value,
-                    static_cast<size_t>(mail.bytes));
-        report(*reinterpret_cast<Mailbox *>(mail.mailbox), 0, -mail.bytes);
-        if (mail.from)
-            break;
-    } while (!mails.empty());
+    for (const Mail &mail : mails) {
+        std::memcpy(mail.to, mail.value, sizeof mail.value);
+        report(*reinterpret_cast<Mailbox *>(mail.mailbox), 0, -16);
+    }
+    mails.clear();
 }
 } // namespace
 void cluster_arrive() { ++running().cluster_arrivals; }
@@ -278,22 +262,9 @@ void announce(unsigned mailbox, int bytes) { report(mailbox_at(dynamic_shared, m
 void send(unsigned to, unsigned mailbox, int block, const float (&value)[4])
 {
     unsigned char *memory = cluster_memory[static_cast<size_t>(block)];
-    Mail mail = {memory + to, memory + mailbox, {}, 16, nullptr, nullptr};
+    Mail mail = {memory + to, memory + mailbox, {}};
     std::memcpy(mail.value, value, sizeof value);
     mails.push_back(mail);
-}
-void show_writes() { running().shown = true; }
-void send_run(unsigned to, unsigned mailbox, int block, unsigned from, int bytes)
-{
-    // every thread of the block has shown what it wrote, before a barrier that this one has passed
-    const size_t first = running().first_of_block;
-    for (size_t i = first; i < fibers.size() && fibers[i]->first_of_block == first; ++i)
-        if (!fibers[i]->shown)
-            std::fprintf(stderr, "a run is sent that not all threads have shown\n"), std::abort();
-    if (bytes <= 0 || bytes % 16 != 0 || from % 16 != 0 || to % 16 != 0)
-        std::fprintf(stderr, "a run is whole pieces of 16 bytes\n"), std::abort();
-    unsigned char *memory = cluster_memory[static_cast<size_t>(block)];
-    mails.push_back({memory + to, memory + mailbox, {}, bytes, dynamic_shared + from, &running()});
 }
 void wait_for_mail(unsigned mailbox, int turn)
 {

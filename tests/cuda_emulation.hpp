@@ -142,8 +142,6 @@ void cluster_meet();
 void open_mailbox(unsigned mailbox);
 void announce(unsigned mailbox, int bytes);
 void send(unsigned to, unsigned mailbox, int block, const float (&value)[4]);
-void show_writes();
-void send_run(unsigned to, unsigned mailbox, int block, unsigned from, int bytes);
 void wait_for_mail(unsigned mailbox, int turn);
 
 // --------------------------------------------------------------------------------------------------------------- entry

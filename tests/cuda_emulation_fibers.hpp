@@ -24,7 +24,6 @@ struct Fiber : Thread {
     unsigned mailbox = 0;
     int mail_turn = 0;
     int cluster_arrivals = 0, cluster_waits = 0;
-    bool shown = false;
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> groups;
 };

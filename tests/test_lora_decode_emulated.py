@@ -101,10 +101,9 @@ def shrunk(shape: Shape, problem: Problem, config: Config, out: torch.Tensor, st
     assert not workspace.counters.any(), "a counter is not ready for the next launch"
 
 
-@pytest.mark.parametrize("bulk", [0, 1])
 @pytest.mark.parametrize(("shape", "changes", "without"), CASES, ids=lambda value: str(value)[:60])
-def test_shrink_and_expand(shape: Shape, changes: Config, without: int, bulk: int, seed: int) -> None:
-    config = {**SMALL, **changes, "BULK": bulk}
+def test_shrink_and_expand(shape: Shape, changes: Config, without: int, seed: int) -> None:
+    config = {**SMALL, **changes}
     problem = Problem(shape, config["CHUNK"], without, seed)
     h = torch.full((len(shape.outputs), shape.tokens, shape.rank), torch.nan)
     shrunk(shape, problem, config, h)
@@ -119,7 +118,6 @@ def test_shrink_and_expand(shape: Shape, changes: Config, without: int, bulk: in
     problem.check_y(y, RELATIVE[shape.bfloat16])
 
 
-@pytest.mark.parametrize("bulk", [0, 1])
 @pytest.mark.parametrize(
     ("shape", "changes", "without"),
     [
@@ -129,8 +127,8 @@ def test_shrink_and_expand(shape: Shape, changes: Config, without: int, bulk: in
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_both_in_one_launch(shape: Shape, changes: Config, without: int, bulk: int, seed: int) -> None:
-    config = {**SMALL, **changes, "BULK": bulk}
+def test_both_in_one_launch(shape: Shape, changes: Config, without: int, seed: int) -> None:
+    config = {**SMALL, **changes}
     problem = Problem(shape, config["CHUNK"], without, seed)
     y = problem.y.clone()
     tensors = (problem.x, problem.a, problem.b, y, problem.plan)
@@ -151,16 +149,14 @@ def test_the_order_of_blocks_does_not_change_a_bit(clusters: bool, seed: int) ->
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize(("cluster", "parts", "bulk"), [(0, 4, 0), (1, 4, 0), (1, 7, 0), (1, 4, 1), (1, 7, 1)])
-def test_a_block_takes_several_segments_where_more_are_needed_than_usual(
-    cluster: int, parts: int, bulk: int, seed: int
-) -> None:
+@pytest.mark.parametrize(("cluster", "parts"), [(0, 4), (1, 4), (1, 7)])
+def test_a_block_takes_several_segments_where_more_are_needed_than_usual(cluster: int, parts: int, seed: int) -> None:
     """LoRAs drawn unevenly need more segments than the grid is for; others leave segments without tokens.
 
     Of a segment with few tokens, some of 7 parts add nothing and wait for nobody's sums.
     """
     shape = Shape(45, 264, 12, (40, 70), 3, False)
-    config = {**SMALL, "CLUSTER": cluster, "PARTS": parts, "BULK": bulk}
+    config = {**SMALL, "CLUSTER": cluster, "PARTS": parts}
     for without, started in ((0, 1), (0, 2), (0, 5), (40, 3), (45, 1)):
         problem = Problem(shape, 8, without, seed)
         h = torch.full((2, shape.tokens, shape.rank), torch.nan)

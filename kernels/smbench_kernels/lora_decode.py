@@ -6,8 +6,7 @@ Shapes: x [T, h] and weights in float16 or bfloat16; A of each slice [L, r, h], 
 A configuration of shrink: WARPS, STAGES (buffers of a warp's ring, each for 32 columns; 0: none, it holds STEPS times
 32 columns in registers), TILES (times 16 ranks of a block), PARTS (blocks that share the columns of a segment), CLUSTER
 (1: they exchange sums as a cluster; 0: through memory). Of expand: WARPS, BLOCKS (times 32 outputs of
-a warp). Of both in one launch: WARPS, STAGES, STEPS, PARTS. Of shrink by clusters and of both in one launch: BULK (1:
-sums for another block travel as one copy; 0 or missing: as quads). All: CHUNK of the plan.
+a warp). Of both in one launch: WARPS, STAGES, STEPS, PARTS. All: CHUNK of the plan.
 
 The grid of shrink is for the segments that there usually are, not for the most there can be: surplus clusters, though
 they end at once, cost their places and a load's time. Where LoRAs are drawn less evenly, blocks take several in turn.
@@ -104,9 +103,7 @@ def shrink_launch(shape: Shape, config: Config) -> Launch:
     rank_blocks = ceil_div(shape.rank, 16 * tiles)
     by_cluster = bool(config["CLUSTER"]) and shape.clusters
     exchange = by_cluster and parts > 1
-    bulk = exchange and _sends_runs(config)
     quads = chunk * 4 * tiles
-    boxes = _inbox(quads, parts) * (1 + int(bulk))
     slots = segments * shape.slices * rank_blocks if parts > 1 and not by_cluster else 0
     return Launch(
         source=SHRINK_SOURCE,
@@ -118,12 +115,11 @@ def shrink_launch(shape: Shape, config: Config) -> Launch:
             "WARPS": warps,
             **_round_macros(shape, config),
             "CLUSTERS": int(exchange),
-            "BULK": int(bulk),
             "QUADS_WHOLE": int(shape.rank % 4 == 0),
         },
         grid=(parts * started, shape.slices * rank_blocks, 1),
         threads=32 * warps,
-        shared_bytes=warps * _warp_bytes(shape, config, tiles) + (16 * boxes + 8) * int(exchange),
+        shared_bytes=warps * _warp_bytes(shape, config, tiles) + (16 * _inbox(quads, parts) + 8) * int(exchange),
         cluster=parts if by_cluster else 1,
         dependent=shape.clusters,
         partials=slots * parts * quads * 4,
@@ -166,8 +162,7 @@ def fused_launch(shape: Shape, config: Config) -> Launch:
     """Shrink and expand in one launch, which needs clusters and a rank of at most 64."""
     chunk, warps, parts = config["CHUNK"], config["WARPS"], config["PARTS"]
     tiles = ceil_div(shape.rank, 16)
-    bulk = _sends_runs(config)
-    boxes = shape.slices * (parts + int(bulk)) * chunk * 4 * tiles * 16
+    inbox = shape.slices * parts * chunk * 4 * tiles * 16
     return Launch(
         source=FUSED_SOURCE,
         name="lora_linear",
@@ -177,13 +172,12 @@ def fused_launch(shape: Shape, config: Config) -> Launch:
             "TILES": tiles,
             "WARPS": warps,
             **_round_macros(shape, config),
-            "BULK": int(bulk),
             "SLICES": shape.slices,
             **_expand_macros(shape),
         },
         grid=(parts * capacity(shape.tokens, shape.loras, chunk), 1, 1),
         threads=32 * warps,
-        shared_bytes=max(warps * _warp_bytes(shape, config, tiles), shape.slices * h_bytes(shape, chunk)) + boxes + 8,
+        shared_bytes=max(warps * _warp_bytes(shape, config, tiles), shape.slices * h_bytes(shape, chunk)) + inbox + 8,
         cluster=parts,
         dependent=True,
     )
@@ -208,10 +202,6 @@ def typical_segments(shape: Shape, chunk: int) -> int:
 def stages_of(shape: Shape, config: Config) -> int:
     """Buffers of a warp's ring; none where rows are no whole pieces of 16 bytes, which then go through registers."""
     return config["STAGES"] if widest(shape.hidden) == 8 else 0
-
-
-def _sends_runs(config: Config) -> bool:
-    return bool(config.get("BULK", 0))
 
 
 def _round_macros(shape: Shape, config: Config) -> dict[str, int]:

@@ -14,7 +14,7 @@ constexpr int H_BYTES = SLICES * CHUNK * H_PITCH * 4;
 constexpr int SUMS_BYTES = WARPS * WARP_BYTES > H_BYTES ? WARPS * WARP_BYTES : (H_BYTES + 15) / 16 * 16;
 
 /* grid (parts * segments), parts a cluster. Shared memory: SUMS_BYTES, then an inbox of QUADS quads for each slice and
-   part, with BULK an outbox of QUADS for each slice, and 8 bytes. */
+   part, and 8 bytes. */
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 lora_linear(element *y, const element *x, const element *a0, const element *a1, const element *a2, const element *b0,
             const element *b1, const element *b2, const int *segments, const int *members, float scale, int hidden,
@@ -22,8 +22,7 @@ lora_linear(element *y, const element *x, const element *a0, const element *a1, 
 {
     extern __shared__ __align__(128) unsigned char memory[];
     Four *inbox = reinterpret_cast<Four *>(memory + SUMS_BYTES);
-    Four *outbox = inbox + SLICES * parts * QUADS;
-    const unsigned mailbox = shared_address(BULK ? outbox + SLICES * QUADS : outbox);
+    const unsigned mailbox = shared_address(inbox + SLICES * parts * QUADS);
     if (threadIdx.x == 0)
         open_mailbox(mailbox);
     cluster_arrive();
@@ -62,29 +61,16 @@ lora_linear(element *y, const element *x, const element *a0, const element *a1, 
         __syncthreads();
         if (number == 0)
             cluster_wait();
-        const unsigned to = shared_address(inbox + (number * parts + part) * QUADS);
         for (int quad = threadIdx.x; quad < work.count * ROW_QUADS; quad += THREADS) {
             const Four total = sum_of_warps(memory, quad);
-#if BULK
-            outbox[number * QUADS + quad] = total;
-        }
-        show_writes();
-        __syncthreads();
-        if (static_cast<int>(threadIdx.x) < parts)
-            send_run(to, mailbox, threadIdx.x, shared_address(outbox + number * QUADS), work.count * ROW_QUADS * 16);
-#else
             for (int other = 0; other < parts; ++other)
-                send(to + quad * 16, mailbox, other, total.value);
+                send(shared_address(inbox + (number * parts + part) * QUADS + quad), mailbox, other, total.value);
         }
         __syncthreads();
-#endif
     }
     if (tile < tiles)
         begin_tile(now, tile);
     wait_for_mail(mailbox, 0);
-    /* who has all mail has let go of all outboxes */
-    if (BULK)
-        cluster_arrive();
 
     /* once for the block: the sum of all parts, zero where there is no token */
     unsigned *words = reinterpret_cast<unsigned *>(memory);
@@ -114,7 +100,5 @@ lora_linear(element *y, const element *x, const element *a0, const element *a1, 
         finish(now, slice_of(number, work.lora, b0, b1, b2, n0, n1, n2), rows, words + number * CHUNK * H_PITCH);
         now = next;
     }
-    if (BULK)
-        cluster_wait();
 }
 """

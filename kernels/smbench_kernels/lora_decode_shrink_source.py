@@ -5,8 +5,7 @@ Rows of A are the 16 rows of a product, tokens its 8 columns. The columns are sh
 lane reads back what it has copied itself, so that a ring needs no barrier.
 
 A block adds up its warps in shared memory. The blocks of a cluster then send their sums to each other, so that each
-owns a part of the results: 16 bytes at a time, each signalling its arrival, or with BULK all for a block as one copy,
-from an outbox; without clusters the sums go through memory, and the last block to arrive adds them.
+owns a part of the results; without clusters the sums go through memory, and the last block to arrive adds them.
 Always in the order of the parts: the same bits on every run.
 """
 
@@ -199,9 +198,9 @@ __device__ inline void write_quad(float *out, const Four &total, const Four &bef
 
 /* grid (parts * some number of segments, slices * rank_blocks): a block goes on to the segment so many further,
    which costs nothing where there are none left. WARPS * WARP_BYTES of shared memory, with clusters an inbox of parts
-   times the quads that a block owns (with BULK an outbox of as many) and a mailbox more. out [slices][tokens][rank].
-   Without clusters `partials` has QUADS * 4 floats for each part of each segment and y of the grid, and `counters`,
-   zero between launches, one for all of its parts. */
+   times the quads that a block owns and a mailbox more. out [slices][tokens][rank]. Without clusters `partials` has
+   QUADS * 4 floats for each part of each segment and y of the grid, and `counters`, zero between launches, one for
+   all of its parts. */
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 lora_shrink(float *out, float *partials, int *counters, const element *x, const element *a0, const element *a1,
             const element *a2, const int *segments, const int *members, float scale, int tokens_all, int segments_all,
@@ -211,8 +210,7 @@ lora_shrink(float *out, float *partials, int *counters, const element *x, const 
 #if CLUSTERS
     const Owners owners(parts);
     Four *inbox = reinterpret_cast<Four *>(memory + WARPS * WARP_BYTES);
-    Four *outbox = inbox + parts * owners.owned;
-    const unsigned mailbox = shared_address(BULK ? outbox + parts * owners.owned : outbox);
+    const unsigned mailbox = shared_address(inbox + parts * owners.owned);
     if (threadIdx.x == 0)
         open_mailbox(mailbox);
     cluster_arrive();
@@ -281,24 +279,10 @@ lora_shrink(float *out, float *partials, int *counters, const element *x, const 
         /* the other blocks have started and opened their mailboxes */
         if (turn == 0)
             cluster_wait();
-#if BULK
-        for (int quad = threadIdx.x; quad < quads; quad += THREADS)
-            outbox[owners.owner(quad) * owned + owners.place(quad)] = sum_of_warps(memory, quad);
-        show_writes();
-        __syncthreads();
-        const int to = threadIdx.x;
-        if (to < parts && owners.of(to, quads) > 0)
-            send_run(shared_address(inbox + part * owned), mailbox, to, shared_address(outbox + to * owned),
-                     owners.of(to, quads) * 16);
-#else
         for (int quad = threadIdx.x; quad < quads; quad += THREADS)
             send(shared_address(inbox + part * owned + owners.place(quad)), mailbox, owners.owner(quad),
                  sum_of_warps(memory, quad).value);
-#endif
         wait_for_mail(mailbox, turn % 2);
-        /* who has all mail has let go of all outboxes */
-        if (BULK && following[0] == 0)
-            cluster_arrive();
 #pragma unroll
         for (int i = 0; i < OWNED; ++i) {
             if (left[i] > 0) {
@@ -350,11 +334,8 @@ lora_shrink(float *out, float *partials, int *counters, const element *x, const 
         if (parts > 1 && last && threadIdx.x == 0)
             counters[slot] = 0;
 #endif
-        if (following[0] == 0) {
-            if (CLUSTERS && BULK)
-                cluster_wait();
+        if (following[0] == 0)
             return;
-        }
 #if CLUSTERS
         /* nobody sends sums of the next segment before all have added those of this one */
         cluster_meet();

@@ -10,10 +10,9 @@ it once its first loads are on their way.
 
 Macros: BFLOAT16, CHUNK (a multiple of 8 up to 64), WARPS. Of shrink: TILES (times 16 rows of A that a warp takes),
 STAGES, STEPS, VECTOR (elements that every row of A and x is a multiple of: 8, 4, 2 or 1; a ring needs 8), CLUSTERS
-(whether parts are a cluster), BULK (whether its blocks send each other runs of sums and not quads), QUADS_WHOLE (the
-rank is a multiple of 4). Of expand: RANK, BLOCKS (times 32 outputs that a warp takes, one after the other), B_VECTOR
-and Y_VECTOR as VECTOR for rows of B and for the outputs of all slices, AHEAD (it loads before it waits). Of both:
-SLICES.
+(whether parts are a cluster, in which each piece of sums signals its arrival), QUADS_WHOLE (the rank is a multiple of
+4). Of expand: RANK, BLOCKS (times 32 outputs that a warp takes, one after the other), B_VECTOR and Y_VECTOR as VECTOR
+for rows of B and for the outputs of all slices, AHEAD (it loads before it waits). Of both: SLICES.
 """
 
 from __future__ import annotations

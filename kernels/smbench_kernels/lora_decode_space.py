@@ -2,8 +2,7 @@
 
 What a configuration means is said in `lora_decode`. A space holds what a card can have in flight at once without
 spilling; the model orders it, and chooses where nothing is tuned. Its figures were fitted to 2,300 configurations timed
-on an H200 (kernels/NOTES.md); elsewhere they are scaled by bandwidth and multiprocessors and nothing is measured. No
-space has BULK, which has not run on a card yet.
+on an H200 (kernels/NOTES.md); elsewhere they are scaled by bandwidth and multiprocessors and nothing is measured.
 """
 
 from __future__ import annotations

@@ -159,29 +159,6 @@ __device__ inline void send(unsigned to, unsigned mailbox, int block, const floa
 #endif
 }
 
-/* what this thread wrote to shared memory is there for the copy engine, after the next barrier */
-__device__ inline void show_writes()
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
-/* Bytes of this block's shared memory, a multiple of 16, into that of a block of the cluster, by the copy engine. They
-   have been read when they have arrived there, and this block may not end before. */
-__device__ inline void send_run(unsigned to, unsigned mailbox, int block, unsigned from, int bytes)
-{
-#if __CUDA_ARCH__ >= 900
-    unsigned there, box;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(to), "r"(block));
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(box) : "r"(mailbox), "r"(block));
-    asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 :
-                 : "r"(there), "r"(from), "r"(bytes), "r"(box)
-                 : "memory");
-#endif
-}
-
 /* until it is full for the first, third, … time (`turn` 0) or the second, fourth, … (1) */
 __device__ inline void wait_for_mail(unsigned mailbox, int turn)
 {

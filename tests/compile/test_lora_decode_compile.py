@@ -71,19 +71,6 @@ def test_configurations_of_the_search_spaces(shape: Shape, capability: int) -> N
         check(lora_decode.fused_launch(on_card, config), capability)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape.hidden}-{shape.rank}")
-def test_sums_that_travel_as_runs_spill_nothing(shape: Shape) -> None:
-    room = hardware.TYPICAL[90].shared_bytes_per_program
-    configs = [{**config, "BULK": 1} for config in lora_decode_space.shrink_space(shape) if config["PARTS"] > 1]
-    launches = [lora_decode.shrink_launch(shape, config) for config in configs]
-    fused = [{**config, "BULK": 1} for config in lora_decode_space.fused_space(shape)]
-    launches += [lora_decode.fused_launch(shape, config) for config in fused]
-    for launch in random.sample([one for one in launches if one.shared_bytes <= room], 2):
-        check(launch, 90)
-        if launch.macros["BULK"]:
-            assert any(code.startswith("UBLKCP") for code in opcodes(launch, 90)), "no copy in bulk"
-
-
 def point_of(batch: int, hidden: int, rank: int) -> Point:
     sizes = {"batch": batch, "seq_len": 1, "hidden_size": hidden, "rank": rank, "num_loras": 8}
     return {**sizes, "dtype": "bfloat16"}
